@@ -77,15 +77,27 @@ class ClipConfig:
         return config
 
 
+# Weights always come from a file, and drawing random ones first costs a second even for tensors
+# without storage (torch then imports what it needs to trace programs).
+class _Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        pass
+
+
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        pass
+
+
 class _Attention(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = _Linear(width, width)
+        self.k_proj = _Linear(width, width)
+        self.v_proj = _Linear(width, width)
+        self.out_proj = _Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (
@@ -99,8 +111,8 @@ class _Attention(nn.Module):
 class _Mlp(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = _Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = _Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -123,8 +135,8 @@ class _Layer(nn.Module):
 class _Embeddings(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = _Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = _Embedding(config.max_position_embeddings, config.hidden_size)
 
 
 class _Encoder(nn.Module):
@@ -144,7 +156,7 @@ class ClipTextModel(nn.Module):
         self.encoder = _Encoder(config)
         self.final_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         if config.projection_dim is not None:
-            self.text_projection = nn.Linear(width, config.projection_dim, bias=False)
+            self.text_projection = _Linear(width, config.projection_dim, bias=False)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up token vectors: ids [...] int64 -> [..., C], without positions."""
