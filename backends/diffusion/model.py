@@ -1,0 +1,126 @@
+"""The `diffusion` backend: one file that serves every one-shot stage.
+
+A model of this backend is a config.pbtxt, a `stage.json` that names the stage, and weights. Each
+stage is a pure function from named tensors to named tensors.
+"""
+
+from fullpipe import triton_adapter as triton
+from fullpipe.config import StageConfig
+from fullpipe.errors import SetupError
+
+
+class TritonPythonModel:
+    """Translates between Triton and the stages of `fullpipe`."""
+
+    def initialize(self, args):
+        """Load the stage that `stage.json` names."""
+        triton.log_to_triton(args["model_name"])
+        folder = triton.version_folder(args)
+        try:
+            config = StageConfig.load(folder / "stage.json")
+            if config.stage not in STAGES:
+                raise SetupError(
+                    f"{folder / 'stage.json'}: stage {config.stage!r} is unknown,"
+                    f" allowed: {', '.join(STAGES)}"
+                )
+            self._stage = STAGES[config.stage](folder, config)
+        except SetupError as error:
+            raise triton.abort_loading(error) from error
+
+    def execute(self, requests):
+        """Answer each request by itself."""
+        return triton.run_stage(requests, self._stage)
+
+
+def text_encoder(folder, config):
+    """prompt, negative_prompt, clip_skip → the four tensors of `PromptEncoder.encode`."""
+    dtype = torch_dtype(config)
+    from fullpipe.text import PromptEncoder
+
+    embeddings = folder / "embeddings"
+    encoder = PromptEncoder.from_folder(
+        folder,
+        device=config.device,
+        dtype=dtype,
+        embeddings_folder=embeddings if embeddings.is_dir() else None,
+    )
+
+    def stage(inputs):
+        clip_skip = inputs.get("clip_skip")
+        negative = inputs.get("negative_prompt")
+        return encoder.encode(
+            string(inputs["prompt"]),
+            "" if negative is None else string(negative),
+            None if clip_skip is None else int(clip_skip[0]),
+        )
+
+    return stage
+
+
+def unet(folder, config):
+    """sample, timestep, encoder_hidden_states[, text_embeds, time_ids] → noise_pred."""
+    dtype = torch_dtype(config)
+    from fullpipe.engines.torch_engine import TorchUNet
+
+    engine = TorchUNet(folder / "unet", device=config.device, dtype=dtype)
+    return lambda inputs: engine.run(
+        {name: from_numpy(value).to(config.device) for name, value in inputs.items()}
+    )
+
+
+def vae_decoder(folder, config):
+    """latents → images."""
+    dtype = torch_dtype(config)
+    from fullpipe.stages import VaeDecoder
+
+    decoder = VaeDecoder(folder / "vae", device=config.device, dtype=dtype)
+    return lambda inputs: {"images": decoder.decode(from_numpy(inputs["latents"]))}
+
+
+def vae_encoder(folder, config):
+    """images → latents."""
+    dtype = torch_dtype(config)
+    from fullpipe.stages import VaeEncoder
+
+    encoder = VaeEncoder(folder / "vae", device=config.device, dtype=dtype)
+    return lambda inputs: {"latents": encoder.encode(from_numpy(inputs["images"]))}
+
+
+def image_encoder(folder, config):
+    """images, output_format → image (base64, one per picture), images (raw only)."""
+    from fullpipe.image import encode_images
+
+    def stage(inputs):
+        pixels = inputs["images"]
+        output_format = inputs.get("output_format")
+        output_format = "png" if output_format is None else string(output_format)
+        if output_format == "raw":
+            return {"image": [], "images": pixels}
+        return {"image": encode_images(pixels, output_format), "images": pixels[:0]}
+
+    return stage
+
+
+STAGES = {
+    stage.__name__: stage for stage in (text_encoder, unet, vae_decoder, vae_encoder, image_encoder)
+}
+
+
+def torch_dtype(config):
+    """The stage's torch dtype; imports torch, which the picture stage does without."""
+    import torch
+
+    triton.use_torch_threads(config.torch_threads)
+    return getattr(torch, config.dtype)
+
+
+def from_numpy(array):
+    """A torch tensor over a request's array."""
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def string(array):
+    """The only element of a STRING tensor."""
+    return array.reshape(-1)[0].decode()

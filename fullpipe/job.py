@@ -1,0 +1,133 @@
+"""One request in flight: what it asked for, what it holds, what became of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from fullpipe.contract import Request
+from fullpipe.errors import PipelineError
+from fullpipe.noise import SamplerNoise
+from fullpipe.samplers import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished job hands back.
+
+    Attributes:
+        images: [N, H, W, 3] uint8, or None when latents were asked for.
+        latents: [N, 4, h, w] fp32 in the VAE's own units, on the CPU.
+        info: what `info` reports.
+    """
+
+    images: np.ndarray | None
+    latents: torch.Tensor
+    info: dict
+
+
+@dataclasses.dataclass
+class Work:
+    """What the loop needs of a job; made beside the loop, owned by the loop's thread after that.
+
+    Attributes:
+        embeds: [2, L, C] fp32, positive and negative.
+        pooled: [2, P] fp32 for SDXL, else None.
+        time_ids: [6] fp32 for SDXL, else None.
+        table: the sampler's rows.
+        start: [N, 4, h, w] fp32, the first sample.
+        latent_image: [N, 4, h, w] fp32 in loop units.
+        start_noise: [N, 4, h, w] fp32.
+        mask: [N, 1, h, w] fp32, 1 = repaint, or None.
+        noise: draws the sampler's own noise, or None for a deterministic table.
+        is_guided: whether rows of the negative half are evaluated.
+    """
+
+    embeds: torch.Tensor
+    pooled: torch.Tensor | None
+    time_ids: torch.Tensor | None
+    table: Table
+    start: torch.Tensor
+    latent_image: torch.Tensor
+    start_noise: torch.Tensor
+    mask: torch.Tensor | None
+    noise: SamplerNoise | None
+    cfg: float
+    is_guided: bool
+
+    def __post_init__(self) -> None:
+        self._drawn: dict[int, torch.Tensor] = {}
+        self._takers: dict[int, int] = {}
+        self._next_draw = 0
+
+    def noise_at(self, position: int, image: int) -> torch.Tensor:
+        """Sampler noise [4, h, w] of one image at one table row.
+
+        A generator yields its draws in the table's order and for the whole batch at once, while
+        images of one job may advance in different ticks: draws wait here until `release_noise`.
+        """
+        assert self.noise is not None
+        while self._next_draw <= position:
+            interval = self.table.noise[self._next_draw]
+            if interval is not None:
+                self._drawn[self._next_draw] = self.noise.draw(interval)
+                self._takers[self._next_draw] = len(self.start)
+            self._next_draw += 1
+        return self._drawn[position][image]
+
+    def release_noise(self, position: int) -> None:
+        """One more image is past this row; the draw goes when all are."""
+        if position in self._takers:
+            self._takers[position] -= 1
+            if not self._takers[position]:
+                del self._takers[position], self._drawn[position]
+
+
+class Job:
+    """A request from its arrival to its one answer.
+
+    Threads: `cancel` may be called from anywhere; everything else belongs to whoever holds the
+    job, which is first a preparing thread, then the loop, then a finishing thread.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        deadline_s: float,
+        reply: Callable[[Result | PipelineError], None],
+    ):
+        self.request = request
+        self.id = request.job_id
+        self.arrived = time.monotonic()
+        self.deadline = self.arrived + deadline_s
+        self.stage_ms: dict[str, float] = {}
+        self.work: Work | None = None
+        self.latents: list[torch.Tensor | None] = []
+        self.steps = request.steps
+        self.steps_done = 0
+        self.ticks = 0
+        self.rows = 0
+        self.wants_preview = False
+        self.denoised: torch.Tensor | None = None
+        self.error: PipelineError | None = None
+        self._reply = reply
+        self._marked = self.arrived
+
+    def cancel(self, error: PipelineError) -> None:
+        """Ask for an early end; whoever holds the job answers it with `error` next."""
+        if self.error is None:
+            self.error = error
+
+    def mark(self, stage: str) -> None:
+        """Book the time since the last mark to `stage`, in milliseconds."""
+        now = time.monotonic()
+        self.stage_ms[stage] = round((now - self._marked) * 1e3, 3)
+        self._marked = now
+
+    def answer(self, outcome: Result | PipelineError) -> None:
+        """Send the one answer."""
+        self._reply(outcome)

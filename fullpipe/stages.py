@@ -1,0 +1,111 @@
+"""The one-shot stages as plain objects: pure functions of their inputs, weights aside.
+
+Triton serves them through `backends/diffusion/model.py`; `LocalStages` runs them in one process,
+for tests and for benchmarks that show what the server costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from fullpipe.errors import SetupError
+from fullpipe.text import PromptEncoder
+
+
+class VaeDecoder:
+    """Latents to pixels."""
+
+    def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        """Load a diffusers `vae` folder; raises SetupError when it is missing or broken."""
+        vae = load_vae(folder, device, dtype)
+        del vae.encoder
+        self._vae = vae
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode one picture after the other, which bounds memory.
+
+        Args:
+            latents: [N, 4, h, w] fp32 in the VAE's own units.
+        Returns:
+            [N, H, W, 3] uint8 on the CPU, truncated as ComfyUI's SaveImage does.
+        """
+        pictures = [self._decode_one(latent[None]) for latent in latents]
+        return torch.cat(pictures)
+
+    def _decode_one(self, latent: torch.Tensor) -> torch.Tensor:
+        vae = self._vae
+        latent = latent.to(vae.device, vae.dtype, memory_format=torch.channels_last)
+        (decoded,) = vae.decode(latent, return_dict=False)
+        pixels = ((decoded.float() + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0
+        return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+class VaeEncoder:
+    """Pixels to latents."""
+
+    def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        """Load a diffusers `vae` folder; raises SetupError when it is missing or broken."""
+        vae = load_vae(folder, device, dtype)
+        del vae.decoder
+        self._vae = vae
+
+    @torch.inference_mode()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode to the mode of the latent distribution, as ComfyUI does.
+
+        Args:
+            images: [N, H, W, 3] uint8, H and W multiples of 8.
+        Returns:
+            [N, 4, H/8, W/8] fp32 in the VAE's own units, on the CPU.
+        """
+        vae = self._vae
+        pixels = images.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0
+        latents = [
+            vae.encode(picture[None].to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+            for picture in pixels
+        ]
+        return torch.cat(latents)
+
+
+class LocalStages:
+    """All stages of a checkpoint in this process; see `fullpipe.pipeline.Stages`."""
+
+    def __init__(
+        self, checkpoint: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ):
+        self._text = PromptEncoder.from_folder(checkpoint, device=device, dtype=dtype)
+        self._decoder = VaeDecoder(checkpoint / "vae", device=device, dtype=dtype)
+        self._encoder = VaeEncoder(checkpoint / "vae", device=device, dtype=dtype)
+
+    def encode_text(
+        self, prompt: str, negative_prompt: str, clip_skip: int | None
+    ) -> Mapping[str, torch.Tensor]:
+        """See `Stages`."""
+        return self._text.encode(prompt, negative_prompt, clip_skip)
+
+    def encode_images(self, images: np.ndarray) -> torch.Tensor:
+        """See `Stages`."""
+        return self._encoder.encode(torch.from_numpy(np.ascontiguousarray(images)))
+
+    def decode_latents(self, latents: torch.Tensor) -> np.ndarray:
+        """See `Stages`."""
+        return self._decoder.decode(latents).numpy()
+
+
+def load_vae(folder: Path, device: str, dtype: torch.dtype) -> AutoencoderKL:
+    """Read a diffusers AutoencoderKL folder; raises SetupError when it is missing or broken."""
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise SetupError(
+            f"{folder} holds no readable VAE ({error}); `fullpipe assemble` writes one"
+        ) from error
+    return vae.to(device=device, memory_format=torch.channels_last).eval()

@@ -1,0 +1,122 @@
+"""`scheduler_model`: the denoising loop as an ordinary Triton model.
+
+`execute` only hands requests over and returns; the pipeline's threads answer later through each
+request's response sender. So one instance serves many requests at once, and progress and cancel
+calls get through at any time.
+"""
+
+import json
+
+import numpy as np
+import torch
+
+from fullpipe import triton_adapter as triton
+from fullpipe.config import PipelineConfig
+from fullpipe.errors import SetupError
+from fullpipe.pipeline import Pipeline
+
+EMBEDS = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
+
+
+class TritonPythonModel:
+    """Translates between Triton and `fullpipe.pipeline.Pipeline`."""
+
+    def initialize(self, args):
+        """Load the pipeline's configuration and, unless it is served apart, the UNet."""
+        triton.log_to_triton(args["model_name"])
+        folder = triton.version_folder(args)
+        try:
+            config = PipelineConfig.load(folder / "pipeline.json")
+            triton.use_torch_threads(config.loop.torch_threads)
+            unet = BlsUNet(config) if config.loop.unet == "bls" else load_unet(folder, config)
+        except SetupError as error:
+            raise triton.abort_loading(error) from error
+        metrics = triton.TritonMetrics(config.name)
+        self._pipeline = Pipeline(config, unet, BlsStages(config), metrics)
+
+    def execute(self, requests):
+        """Queue; the answers come later."""
+        for request in requests:
+            self._take(request.get_response_sender(), triton.read_inputs(request))
+
+    def finalize(self):
+        """Answer what is open and end the threads."""
+        self._pipeline.close()
+
+    def _take(self, sender, inputs):
+        def reply(outcome):
+            if isinstance(outcome, Exception):
+                triton.send_last(sender, outcome)
+            elif isinstance(outcome, dict):
+                triton.send_last(sender, {**EMPTY, "event": json.dumps(outcome)})
+            else:
+                triton.send_last(
+                    sender,
+                    {
+                        "images": NO_IMAGES if outcome.images is None else outcome.images,
+                        "latents": outcome.latents,
+                        "info": json.dumps(outcome.info),
+                        "event": "",
+                    },
+                )
+
+        self._pipeline.call(inputs, reply)
+
+
+NO_IMAGES = np.zeros((0, 0, 0, 3), np.uint8)
+EMPTY = {"images": NO_IMAGES, "latents": np.zeros((0, 0, 0, 0), np.float32), "info": ""}
+
+
+def load_unet(folder, config):
+    """The UNet of the version folder, in this process."""
+    from fullpipe.engines.torch_engine import TorchUNet
+
+    return TorchUNet(
+        folder / "unet", device=config.loop.device, dtype=getattr(torch, config.loop.dtype)
+    )
+
+
+class BlsUNet:
+    """The Triton model `unet` as an engine: a call per tick."""
+
+    def __init__(self, config):
+        self._model = config.models.unet
+        self._device = config.loop.device
+
+    def run(self, tensors):
+        """See `fullpipe.engines.Engine`."""
+        outputs = triton.call_model(self._model, tensors, ["noise_pred"])
+        noise_pred = torch.from_dlpack(outputs["noise_pred"].to_dlpack())
+        return {"noise_pred": noise_pred.to(self._device)}
+
+
+class BlsStages:
+    """The one-shot stages as Triton models."""
+
+    def __init__(self, config):
+        self._models = config.models
+
+    def encode_text(self, prompt, negative_prompt, clip_skip):
+        """See `fullpipe.pipeline.Stages`."""
+        inputs = {"prompt": prompt, "negative_prompt": negative_prompt}
+        if clip_skip is not None:
+            inputs["clip_skip"] = np.array([clip_skip], np.int32)
+        outputs = triton.call_model(self._models.text_encoder, inputs, EMBEDS)
+        return {
+            name: torch.from_dlpack(output.to_dlpack()).float() for name, output in outputs.items()
+        }
+
+    def encode_images(self, images):
+        """See `fullpipe.pipeline.Stages`."""
+        outputs = triton.call_model(self._models.vae_encoder, {"images": images}, ["latents"])
+        return torch.from_dlpack(outputs["latents"].to_dlpack()).cpu()
+
+    def decode_latents(self, latents):
+        """See `fullpipe.pipeline.Stages`."""
+        outputs = triton.call_model(self._models.vae_decoder, {"latents": latents}, ["images"])
+        return outputs["images"].as_numpy()
