@@ -66,7 +66,7 @@ class EmbeddingsFolder:
         """
         words = reference.strip("\n").split()
         if not words:
-            raise InvalidRequest("prompt has 'embedding:' without a name after it")
+            raise InvalidRequest("a prompt has 'embedding:' without a name after it")
         written, rest = words[0], " ".join(words[1:])
         if self._is_usable(written):
             return written, written, rest

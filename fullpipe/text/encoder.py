@@ -123,15 +123,11 @@ class PromptEncoder:
         if clip_skip is not None and not CLIP_SKIP_MIN <= clip_skip <= CLIP_SKIP_MAX:
             raise InvalidRequest(f"clip_skip={clip_skip}, allowed {CLIP_SKIP_MIN}..{CLIP_SKIP_MAX}")
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
-        tokenised = [self._tokenise(name, text) for name, text in texts.items()]
+        chunks = [self.chunks(text, name) for name, text in texts.items()]
         parts: list[list[torch.Tensor]] = []
         pooled: list[torch.Tensor] = []
-        for encoder in self._encoders:
-            chunks = [
-                self._chunks(name, groups, encoder)
-                for name, groups in zip(texts, tokenised, strict=True)
-            ]
-            embeds, pooled = encoder.encode(chunks, clip_skip)
+        for index, encoder in enumerate(self._encoders):
+            embeds, pooled = encoder.encode([of_prompt[index] for of_prompt in chunks], clip_skip)
             parts.append(embeds)
         results = {}
         for index, name in enumerate(texts):
@@ -144,8 +140,18 @@ class PromptEncoder:
             results[f"{name.removesuffix('prompt')}pooled_prompt_embeds"] = pooled[index]
         return results
 
-    def _tokenise(self, name: str, text: str) -> list[Group | Piece]:
-        """Groups of token ids, and the textual inversions between them."""
+    def chunks(self, text: str, name: str = "prompt") -> list[list[Chunk]]:
+        """Tokenise a prompt for each of the checkpoint's encoders (SD1 one, SDXL two).
+
+        They differ in padding and in the vectors of textual inversions. An embedding that the
+        server does not have is left out, and named in the log, as in ComfyUI.
+
+        Args:
+            text: in ComfyUI's syntax.
+            name: of the request's field, for messages.
+        Raises:
+            InvalidRequest: the text is too long, not Unicode, or has `embedding:` without a name.
+        """
         check_text(name, text)
         pieces: list[Piece] = []
         unknown: list[str] = []
@@ -163,20 +169,21 @@ class PromptEncoder:
         if unknown:
             listed = ", ".join(repr(written) for written in unknown[:8])
             logger.warning("%s names %d unknown embeddings: %s", name, len(unknown), listed)
-        ids = iter(self._tokenizer.ids([p.text for p in pieces if not p.is_embedding]))
-        return [p if p.is_embedding else Group(next(ids), p.weight) for p in pieces]
+        ids = self._tokenizer.ids([piece.text for piece in pieces if not piece.is_embedding])
+        return [self._chunks_of(encoder, pieces, ids, name) for encoder in self._encoders]
 
-    def _chunks(
-        self, name: str, tokenised: list[Group | Piece], encoder: ChunkEncoder
+    def _chunks_of(
+        self, encoder: ChunkEncoder, pieces: list[Piece], ids: list[list[int]], name: str
     ) -> list[Chunk]:
+        remaining = iter(ids)
         groups = [
             Group(
-                self._embeddings.vectors(group.text, encoder.embedding_key, encoder.width),
-                group.weight,
+                self._embeddings.vectors(piece.text, encoder.embedding_key, encoder.width)
+                if piece.is_embedding
+                else next(remaining),
+                piece.weight,
             )
-            if isinstance(group, Piece)
-            else group
-            for group in tokenised
+            for piece in pieces
         ]
         count = sum(len(group.tokens) for group in groups)
         if count > self._max_tokens:
