@@ -114,18 +114,23 @@ def tabulate(sampler: Sampler, sigmas: np.ndarray | torch.Tensor, sampling: Mode
         InvalidRequest: the sampler has no finite step between two of these sigmas.
     """
     levels = np.asarray(sigmas, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        rows = list(sampler.rows(levels, sampling))
+    repeated = InvalidRequest(
+        f"sampler_name={sampler.name!r} needs sigmas that differ, got {len(levels) - 1} steps with "
+        f"{len(levels) - len(np.unique(levels))} repeated; take fewer steps, more denoise or "
+        "another scheduler"
+    )
+    try:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            rows = list(sampler.rows(levels, sampling))
+    except np.linalg.LinAlgError:
+        raise repeated from None
     matrices = np.stack([r.matrix for r in rows])
+    matrices[0, :, 1:REGISTERS] = 0  # a request remembers nothing yet, whoever had its slot before
     visited = np.array([r.sigma for r in rows])
     noise = [r.noise for r in rows]
     is_still = sampler.noise_kind.startswith("brownian") and any(n and n[0] == n[1] for n in noise)
     if is_still or not (np.isfinite(matrices).all() and np.isfinite(visited).all()):
-        raise InvalidRequest(
-            f"sampler_name={sampler.name!r} needs sigmas that differ, got {len(levels) - 1} steps "
-            f"with {len(levels) - len(np.unique(levels))} repeated; take fewer steps, more denoise "
-            "or another scheduler"
-        )
+        raise repeated
     finished = np.cumsum([r.is_step_end for r in rows])
     return Table(visited, matrices, noise, finished, int(finished[-1]))
 
