@@ -1,0 +1,148 @@
+"""Find a tritonserver and lay out what it needs: a backend directory and an environment.
+
+Two kinds of tritonserver serve the same repository. The embedded one is NVIDIA's own build inside
+the wheel `nvidia-pytriton`; its Python backend comes apart into a library and one stub per Python
+version, so a backend directory has to be put together. An installed one (NVIDIA's container has it
+under /opt/tritonserver) is taken as it is, with this project's backends beside its own.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from fullpipe.errors import SetupError
+
+INSTALL_SERVER = "pip install 'fullpipe[server]'"
+
+
+@dataclass(frozen=True)
+class TritonFiles:
+    """One tritonserver on this machine.
+
+    Attributes:
+        binary: the executable.
+        backends: folders, one per backend (name -> folder holding the backend's files).
+        python_stub: the stub for the running Python, or None when the Python backend has its own.
+        caches: folder of the response cache implementations.
+        libraries: folders that the stub needs on LD_LIBRARY_PATH.
+    """
+
+    binary: Path
+    backends: Mapping[str, Path]
+    python_stub: Path | None
+    caches: Path
+    libraries: tuple[Path, ...]
+
+    def lay_out(self, folder: Path, extra: Path) -> None:
+        """Fill an empty folder with links, so that it serves as Triton's --backend-directory.
+
+        Every server gets a folder of its own: nothing is shared, so nothing can be half written
+        or out of date.
+
+        Args:
+            folder: an existing, empty folder.
+            extra: a folder of Python-based backends, each a folder with a model.py.
+        """
+        for name, source in {**self.backends, **python_based_backends(extra)}.items():
+            if name == "python" and self.python_stub:
+                (folder / name).mkdir()
+                for file in [*source.iterdir(), self.python_stub]:
+                    if file.is_file():
+                        (folder / name / file.name).symlink_to(file)
+            else:
+                (folder / name).symlink_to(source, target_is_directory=True)
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """The environment for tritonserver and its stubs.
+
+        The stub takes the packages of the first `python3` on PATH and ignores PYTHONPATH.
+        """
+        libraries = [*map(str, self.libraries), *filter(None, [base.get("LD_LIBRARY_PATH")])]
+        path = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
+        return {**base, "PATH": path, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
+
+
+def find_triton(installed: Path | None = None) -> TritonFiles:
+    """Find the tritonserver to run.
+
+    Args:
+        installed: an installed tritonserver, its binary or its root folder (/opt/tritonserver);
+            None takes the embedded one.
+    Raises:
+        SetupError: it is not there or does not fit the running Python; says how to get it.
+    """
+    return embedded_triton() if installed is None else installed_triton(installed)
+
+
+def installed_triton(path: Path) -> TritonFiles:
+    """An installed tritonserver with the backends beside it; see `find_triton`."""
+    binary = path / "bin" / "tritonserver" if path.is_dir() else path
+    if not os.access(binary, os.X_OK) or not binary.is_file():
+        raise SetupError(f"no tritonserver at {binary}; give its binary or its root folder")
+    root = binary.resolve().parent.parent
+    backends = {child.name: child for child in sorted((root / "backends").glob("*/"))}
+    if "python" not in backends:
+        raise SetupError(f"tritonserver {binary} has no Python backend in {root / 'backends'}")
+    return TritonFiles(binary, backends, None, root / "caches", ())
+
+
+def embedded_triton() -> TritonFiles:
+    """The tritonserver of the wheel nvidia-pytriton; see `find_triton`."""
+    try:
+        wheel = metadata.distribution("nvidia-pytriton")
+    except metadata.PackageNotFoundError:
+        raise SetupError(f"the package nvidia-pytriton is missing; {INSTALL_SERVER}") from None
+    root = Path(str(wheel.locate_file("pytriton/tritonserver")))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        have = ", ".join(sorted(p.name for p in stub.parent.parent.glob("*"))) or "none"
+        raise SetupError(f"{wheel.name} has no stub for Python {version}; it has: {have}")
+    backends = {"python": root / "backends" / "python"}
+    libraries = (find_libpython(), Path(str(wheel.locate_file("nvidia_pytriton.libs"))))
+    return TritonFiles(root / "bin" / "tritonserver", backends, stub, root / "caches", libraries)
+
+
+def find_libpython() -> Path:
+    """The folder of the running Python's shared library, which the embedded stub links to.
+
+    Raises:
+        SetupError: this Python was built without one and the system has none of its version.
+    """
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"libpython{version}.so.1.0"
+    for folder in _libpython_folders(version):
+        if (folder / name).is_file():
+            return folder
+    raise SetupError(
+        f"{name} not found for {sys.executable}: install it (Debian, Ubuntu: apt-get install "
+        f"libpython{version}) or use a Python built with --enable-shared"
+    )
+
+
+def _libpython_folders(version: str) -> Iterator[Path]:
+    libdir = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    yield from (libdir, Path(sys.base_prefix) / "lib", libdir / multiarch)
+    if ctypes.util.find_library(f"python{version}"):
+        for root in ("/usr/lib", "/lib", "/usr/local/lib", "/usr/lib64", "/lib64"):
+            yield from (Path(root), Path(root) / multiarch, Path(root) / f"{os.uname().machine}")
+
+
+def python_based_backends(folder: Path) -> dict[str, Path]:
+    """The Python-based backends of a folder: name -> the folder with its model.py."""
+    return {path.parent.name: path.parent.resolve() for path in sorted(folder.glob("*/model.py"))}
+
+
+def default_backends() -> Path:
+    """This project's own backends: of the source tree, or of the installed package."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "backends"
+    return checkout if checkout.is_dir() else package / "_data" / "backends"
