@@ -137,7 +137,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def read_json(path: Path) -> dict:
     """A JSON file of a checkpoint; raises SetupError naming it."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SetupError(
             f"{path} cannot be read ({error}); needed is a folder in diffusers' layout"
@@ -260,7 +260,7 @@ def _write_stream(folder: Path, names: dict[str, str]) -> None:
 
 def _template_config(path: Path, name: str) -> model_config_pb2.ModelConfig:
     try:
-        model = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        model = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     except (OSError, text_format.ParseError) as error:
         raise SetupError(f"{path} is no Triton model configuration: {error}") from None
     model.name = name
@@ -274,7 +274,7 @@ def _declare(field, tensors: Iterable[contract.Tensor]) -> None:
         entry.data_type = model_config_pb2.DataType.Value(f"TYPE_{tensor.dtype}")
         entry.dims.extend(tensor.dims)
         if isinstance(entry, model_config_pb2.ModelInput):
-            entry.optional = tensor.optional
+            entry.optional = True
 
 
 def _write_model(folder: Path, model: model_config_pb2.ModelConfig) -> Path:

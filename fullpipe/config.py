@@ -120,7 +120,7 @@ class PipelineConfig:
 
     def save(self, path: Path) -> None:
         """Write the file that `load` reads."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class StageConfig:
 
     def save(self, path: Path) -> None:
         """Write the file that `load` reads."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 T = typing.TypeVar("T")
@@ -148,7 +148,7 @@ T = typing.TypeVar("T")
 def load_dataclass(cls: type[T], path: Path) -> T:
     """Read a JSON object into a (nested) dataclass, refusing unknown and ill-typed keys."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SetupError(f"{path} is missing; `fullpipe assemble` writes it") from None
     except ValueError as error:

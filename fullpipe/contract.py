@@ -34,18 +34,17 @@ class Tensor:
         dtype: Triton's name of the type, without the TYPE_ prefix.
         dims: shape, -1 for any.
         meaning: one line for help texts and the reference.
-        optional: may be left out.
     """
 
     name: str
     dtype: str
     dims: tuple[int, ...] = (1,)
     meaning: str = ""
-    optional: bool = True
 
 
 PICTURE_INPUTS = (
-    Tensor("prompt", "STRING", meaning="what to draw, in ComfyUI's prompt syntax", optional=False),
+    # Optional for Triton, whose own words for a missing input of an ensemble help nobody.
+    Tensor("prompt", "STRING", meaning="what to draw, in ComfyUI's prompt syntax; required"),
     Tensor("negative_prompt", "STRING", meaning="what to keep out"),
     Tensor("seed", "UINT64", meaning="same seed, same picture; random and reported if left out"),
     Tensor("steps", "INT32", meaning="sampler steps"),
@@ -82,8 +81,7 @@ EMBEDS = (
 )
 LATENTS = Tensor("latents", "FP32", (-1, -1, -1, -1), "[N, 4, h, w], ComfyUI's LATENT samples")
 LOOP_INPUTS = (
-    dataclasses.replace(PICTURE_INPUTS[0], optional=True),
-    *PICTURE_INPUTS[1:],
+    *PICTURE_INPUTS,
     *EMBEDS,
     LATENTS,
     Tensor("noise_mask", "FP32", (-1, -1, -1), "[N, h, w] in 0 … 1, 1 = repaint"),

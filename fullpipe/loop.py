@@ -112,13 +112,20 @@ class Loop:
                     self._wake.wait()
                 if self._closing:
                     break
-            self._sweep()
-            self._admit()
-            if self._groups:
-                group = self._choose_group()
-                self._run_tick(group, self._choose_slots(group))
-                self._retire(group)
+            try:
+                self._turn()
+            except Exception:
+                log.exception("the denoising loop failed outside of a tick; its jobs are ended")
+                self._finish_all(PipelineError("the denoising loop failed; the log has the cause"))
         self._finish_all(Unavailable("the server is shutting down; try again"))
+
+    def _turn(self) -> None:
+        self._sweep()
+        self._admit()
+        if self._groups:
+            group = self._choose_group()
+            self._run_tick(group, self._choose_slots(group))
+            self._retire(group)
 
     def _sweep(self) -> None:
         """Free what is cancelled, failed or too late, before any more work is put into it."""
@@ -253,6 +260,7 @@ class Loop:
                 group.occupants[slot] = None
                 self._finish_if_complete(job)
         self._forget_if_empty(group)
+        self._observer.waiting(-1, -1, self._in_flight)
 
     def _finish_if_complete(self, job: Job) -> None:
         if all(latents is not None for latents in job.latents):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,22 +17,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from fullpipe import errors
-from fullpipe.errors import PipelineError
+from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
 
 log = logging.getLogger(__name__)
 
-_CODES = {
-    "INVALID_ARG": pb_utils.TritonError.INVALID_ARG,
-    "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
-    "CANCELLED": pb_utils.TritonError.CANCELLED,
-    "INTERNAL": pb_utils.TritonError.INTERNAL,
-}
-_CLASSES = {
-    pb_utils.TritonError.INVALID_ARG: errors.InvalidRequest,
-    pb_utils.TritonError.UNAVAILABLE: errors.Unavailable,
-    pb_utils.TritonError.CANCELLED: errors.Cancelled,
-}
+# A BLS caller is told INTERNAL whatever the model answered, and /generate answers 400 to
+# everything, so the code travels at the head of the message too.
+_CODE = re.compile(r"^(?:in ensemble '[^']*', )?\[([A-Z_]+)\] ", re.DOTALL)
+_CLASSES = {kind.code: kind for kind in (InvalidRequest, Unavailable, Cancelled)}
 
 
 def version_folder(args: Mapping[str, str]) -> Path:
@@ -40,7 +33,12 @@ def version_folder(args: Mapping[str, str]) -> Path:
 
 
 def log_to_triton(model_name: str) -> None:
-    """Send this process's log records to Triton's log, each with the model's name."""
+    """Send this process's log records to Triton's log, each with the model's name.
+
+    The stub's own streams are ASCII, and printing a prompt to them would raise.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -84,7 +82,9 @@ def error_response(error: Exception) -> Any:
         log.error("a request failed", exc_info=error)
         error = PipelineError("the server failed on this request; its log has the cause")
     return pb_utils.InferenceResponse(
-        error=pb_utils.TritonError(str(error), _CODES.get(error.code, _CODES["INTERNAL"]))
+        error=pb_utils.TritonError(
+            f"[{error.code}] {error}", getattr(pb_utils.TritonError, error.code)
+        )
     )
 
 
@@ -118,9 +118,10 @@ def call_model(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
         inputs=[tensor(name, value) for name, value in inputs.items()],
     ).exec()
     if answer.has_error():
-        error = answer.error()
-        kind = _CLASSES.get(error.code(), PipelineError)
-        raise kind(error.message())
+        message = answer.error().message()
+        code = _CODE.match(message)
+        kind = _CLASSES.get(code.group(1), PipelineError) if code else PipelineError
+        raise kind(_CODE.sub("", message))
     return {output.name(): output for output in answer.output_tensors()}
 
 

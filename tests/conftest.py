@@ -1,0 +1,70 @@
+"""Fixtures that most tests share: the demo checkpoint, and a pipeline in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fullpipe.config import LoopSettings
+from fullpipe.engines.torch_engine import TorchUNet
+from fullpipe.local import LocalPipeline
+from fullpipe.stages import LocalStages
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The demo checkpoint, in diffusers' layout."""
+    return ROOT / "demo" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def repository(checkpoint, tmp_path_factory) -> Path:
+    """A model repository assembled from the demo checkpoint."""
+    from fullpipe.assemble import assemble
+
+    out = tmp_path_factory.mktemp("served") / "repository"
+    assemble(checkpoint, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def config(repository):
+    """The assembled pipeline's configuration."""
+    from fullpipe.config import PipelineConfig
+
+    return PipelineConfig.load(repository / "scheduler_model" / "1" / "pipeline.json")
+
+
+@pytest.fixture(scope="session")
+def demo_unet(checkpoint):
+    """The demo checkpoint's UNet."""
+    return TorchUNet(checkpoint / "unet")
+
+
+@pytest.fixture(scope="session")
+def demo_stages(checkpoint):
+    """The demo checkpoint's text encoder and VAE."""
+    return LocalStages(checkpoint)
+
+
+@pytest.fixture
+def open_pipeline(config, demo_unet, demo_stages):
+    """Opens in-process pipelines with changed settings, and closes them after the test."""
+    opened = []
+
+    def open_one(unet=None, stages=None, limits=None, **loop_settings):
+        changed = dataclasses.replace(
+            config,
+            loop=dataclasses.replace(LoopSettings(), **loop_settings),
+            limits=dataclasses.replace(config.limits, **(limits or {})),
+        )
+        opened.append(LocalPipeline(changed, unet or demo_unet, stages or demo_stages))
+        return opened[-1]
+
+    yield open_one
+    for pipeline in opened:
+        pipeline.close()
