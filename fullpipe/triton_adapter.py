@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # A BLS caller is told INTERNAL whatever the model answered, and /generate answers 400 to
 # everything, so the code travels at the head of the message too.
-_CODE = re.compile(r"^(?:in ensemble '[^']*', )?\[([A-Z_]+)\] ", re.DOTALL)
+_CODE = re.compile(r"^(?:in ensemble '[^']*', )?([A-Z_]+): ")
 _CLASSES = {kind.code: kind for kind in (InvalidRequest, Unavailable, Cancelled)}
 
 
@@ -83,7 +83,7 @@ def error_response(error: Exception) -> Any:
         error = PipelineError("the server failed on this request; its log has the cause")
     return pb_utils.InferenceResponse(
         error=pb_utils.TritonError(
-            f"[{error.code}] {error}", getattr(pb_utils.TritonError, error.code)
+            f"{error.code}: {error}", getattr(pb_utils.TritonError, error.code)
         )
     )
 

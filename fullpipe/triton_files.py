@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -41,7 +42,7 @@ class TritonFiles:
     libraries: tuple[Path, ...]
 
     def lay_out(self, folder: Path, extra: Path) -> None:
-        """Fill an empty folder with links, so that it serves as Triton's --backend-directory.
+        """Fill an empty folder, so that it serves as Triton's --backend-directory.
 
         Every server gets a folder of its own: nothing is shared, so nothing can be half written
         or out of date.
@@ -52,10 +53,12 @@ class TritonFiles:
         """
         for name, source in {**self.backends, **python_based_backends(extra)}.items():
             if name == "python" and self.python_stub:
+                # Copies: a Python-based backend may not load a library that is linked from
+                # outside of the backend directory.
                 (folder / name).mkdir()
                 for file in [*source.iterdir(), self.python_stub]:
                     if file.is_file():
-                        (folder / name / file.name).symlink_to(file)
+                        shutil.copy2(file, folder / name / file.name)
             else:
                 (folder / name).symlink_to(source, target_is_directory=True)
 

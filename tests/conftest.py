@@ -23,11 +23,12 @@ def checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def repository(checkpoint, tmp_path_factory) -> Path:
-    """A model repository assembled from the demo checkpoint."""
-    from fullpipe.assemble import assemble
+    """Two pipelines of the demo checkpoint: the plain one, and one with the UNet over BLS."""
+    from fullpipe.assemble import Choices, assemble
 
     out = tmp_path_factory.mktemp("served") / "repository"
     assemble(checkpoint, out)
+    assemble(checkpoint, out, Choices(name="apart", loop=LoopSettings(unet="bls")))
     return out
 
 
@@ -68,3 +69,18 @@ def open_pipeline(config, demo_unet, demo_stages):
     yield open_one
     for pipeline in opened:
         pipeline.close()
+
+
+@pytest.fixture(scope="session")
+def triton(repository):
+    """A real Triton Inference Server that serves the demo pipeline on free ports."""
+    from fullpipe.server import ServerConfig, TritonServer
+
+    with TritonServer(ServerConfig(repository, http_port=0, grpc_port=0, metrics_port=0)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def triton_url(triton) -> str:
+    """Address of the HTTP endpoint of `triton`."""
+    return triton.url
