@@ -68,16 +68,20 @@ def dpmpp_2s_ancestral(sigmas: np.ndarray, sampling: ModelSampling) -> Iterator[
 
 
 def dpmpp_2s_ancestral_cfg_pp(sigmas: np.ndarray, sampling: ModelSampling) -> Iterator[Row]:
-    """`dpmpp_2s_ancestral` along CFG++ (arXiv:2406.08070). R1: the shifted sample."""
+    """`dpmpp_2s_ancestral` along CFG++ (arXiv:2406.08070). R1: the sample plus its denoised.
+
+    The second stage subtracts the unconditional prediction of the middle, not of the start, as
+    ComfyUI does.
+    """
     for s, t in pairwise(sigmas):
         if t == 0:
             yield row(s, DENOISED)
         else:
             down, up = ancestral_step(s, t)
             h, middle = np.log(s / down), np.sqrt(s * down)
-            x = X + DENOISED - UNCOND
-            yield row(s, middle / s * x - np.expm1(-h / 2) * DENOISED, x, is_step_end=False)
-            moved = down / s * R1 - np.expm1(-h) * DENOISED
+            moved = middle / s * (X + DENOISED - UNCOND) - np.expm1(-h / 2) * DENOISED
+            yield row(s, moved, X + DENOISED, is_step_end=False)
+            moved = down / s * (R1 - UNCOND) - np.expm1(-h) * DENOISED
             yield row(middle, moved + up * NOISE, noise=(s, t))
 
 

@@ -125,10 +125,10 @@ def deis(sigmas: np.ndarray, sampling: ModelSampling) -> Iterator[Row]:
 def _sigmas_to_vp_time(sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Time of the variance-preserving process at each sigma, and the ends of its linear beta.
 
-    The process of Karras et al. (2022), table 1, for σ from 0.002 at 0.001 to 80 at 1. The ends
-    are rounded to fp32 on the way, as in ComfyUI: log(1 + 0.002²) is 1.3 % off there.
+    The process of Karras et al. (2022), table 1, for σ from 0.002 at 0.001 to 80 at 1. The logs
+    of the ends are NumPy's of fp32 tensors, for ComfyUI's rounding: log(1 + 0.002²) is 1.3 % off.
     """
-    low, high = (torch.log(torch.tensor(sigma) ** 2 + 1) for sigma in (0.002, 80))
+    low, high = (np.log(torch.tensor(sigma) ** 2 + 1) for sigma in (0.002, 80))
     slope = 2 * (low / 1e-3 - high) / (1e-3 - 1)
     beta_0 = high - 0.5 * slope
     times = ((beta_0**2 + 2 * slope * (sigmas**2 + 1).log()).sqrt() - beta_0) / slope
@@ -143,10 +143,16 @@ def _deis_integrals(
     beta_1: torch.Tensor,
     points: int = 10_000,
 ) -> list[float]:
-    """Equation 15 of DEIS, summed in fp32 over as many points as ComfyUI takes."""
+    """Equation 15 of DEIS, summed in fp32 over as many points as ComfyUI takes.
+
+    d log(alpha)/dτ is rounded as automatic differentiation rounds it, because near τ = 0 the
+    integrand is sensitive to that.
+    """
     tau = torch.linspace(float(start), float(end), points)
     alpha = torch.exp(-0.5 * tau**2 * (beta_1 - beta_0) - tau * beta_0)
-    integrand = 0.5 * (tau * (beta_1 - beta_0) + beta_0) / torch.sqrt(alpha * (1 - alpha))
+    one = 1 / alpha * alpha
+    derivative = one * (beta_1 - beta_0) * -0.5 * (2 * tau) - one * beta_0
+    integrand = -0.5 * derivative / torch.sqrt(alpha * (1 - alpha))
     width = (end - start) / points
     sums = []
     for j, node in enumerate(known):
