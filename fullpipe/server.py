@@ -14,8 +14,6 @@ What tritonserver 2.51 does when something dies, and what this module does about
 from __future__ import annotations
 
 import os
-import random
-import socket
 import sys
 import tempfile
 import threading
@@ -28,12 +26,14 @@ from pathlib import Path
 from types import TracebackType
 
 from fullpipe.errors import SetupError
+from fullpipe.ports import choose_ports
 from fullpipe.triton_files import TritonFiles, default_backends, find_triton
 from fullpipe.triton_log import LogLine, load_failure
 from fullpipe.triton_process import TritonProcess
 
 PORTS = ("http_port", "grpc_port", "metrics_port")
 _POLL_S = 0.1
+_WATCH_S = 0.25  # also the longest that a stop waits to begin
 _GRACE_S = 2.0  # for the log line that says why a stub ended, and for tritonserver's own exit
 _LONG_RUN_S = 600.0
 
@@ -161,7 +161,13 @@ class TritonServer:
         if not self.config.repository.is_dir():
             raise SetupError(f"no model repository at {self.config.repository}; fullpipe assemble")
         files = find_triton(self.config.triton)
-        self.config = choose_ports(self.config)
+        ports = choose_ports(self.config.host, {name: getattr(self.config, name) for name in PORTS})
+        self.config = replace(
+            self.config,
+            http_port=ports["http_port"],
+            grpc_port=ports["grpc_port"],
+            metrics_port=ports["metrics_port"],
+        )
         self._set_state("starting")
         self._supervisor = threading.Thread(
             target=self._supervise, args=(files,), name="triton-supervisor", daemon=True
@@ -238,15 +244,15 @@ class TritonServer:
         self._process = process
         try:
             reason = self._await_ready(process)
-            was_ready = reason is None and not self._stopping.is_set()
-            if was_ready:
-                self._set_state("ready")
-                while reason is None and not self._stopping.is_set():
-                    reason = process.wait(_POLL_S)
+            was_ready = self.state == "ready"
+            while was_ready and reason is None and not self._stopping.is_set():
+                reason = process.wait(_WATCH_S)
             if self._stopping.is_set():
                 self._set_state("stopping")
-                self._end_gracefully(process)
+                if was_ready:
+                    self._end_gracefully(process)
                 return None
+            self._set_state("starting")
         finally:
             process.kill()
             self._process = None
@@ -272,6 +278,7 @@ class TritonServer:
                 return self._load_failure or f"{reason} while loading"
             if is_ready(self.url):
                 process.watch_stubs()
+                self._set_state("ready")
                 return None
         return None
 
@@ -329,49 +336,3 @@ def is_ready(url: str) -> bool:
             return response.status == 200
     except OSError:
         return False
-
-
-def choose_ports(config: ServerConfig) -> ServerConfig:
-    """The same config with each port 0 replaced by a free one.
-
-    Raises:
-        SetupError: a port is taken; names who holds it where that can be read.
-    """
-    ports: dict[str, int] = {}
-    for name in PORTS:
-        port = getattr(config, name)
-        if port == 0:
-            # Below the range from which the system picks ports for outgoing connections.
-            candidates = random.sample(range(20000, 32000), 200)
-            free = (p for p in candidates if p not in ports.values() and is_free(config.host, p))
-            port = next(free)
-        elif not is_free(config.host, port):
-            raise SetupError(f"{name}={port} is in use{port_holder(port)}; choose another one")
-        ports[name] = port
-    http_port, grpc_port, metrics_port = (ports[name] for name in PORTS)
-    return replace(config, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
-
-
-def port_holder(port: int) -> str:
-    """` by NAME (pid N)` of the process that listens on a TCP port, or "" when unreadable."""
-    import psutil
-
-    try:
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-                name = psutil.Process(connection.pid).name() if connection.pid else ""
-                return f" by {name} (pid {connection.pid})" if name else ""
-    except psutil.Error:
-        pass
-    return ""

@@ -63,7 +63,11 @@ class TritonProcess:
         self.pid = self._process.pid
         self._stubs: dict[int, tuple[str, int]] = {}  # pid -> instance name, pid descriptor
         self._descriptor = os.pidfd_open(self.pid)
-        self._reader = threading.Thread(target=self._read, args=(on_line,), name="triton-log")
+        self._killing = threading.Lock()
+        self._is_reaped = False
+        self._reader = threading.Thread(
+            target=self._read, args=(on_line,), name="triton-log", daemon=True
+        )
         self._reader.start()
 
     def _read(self, on_line: Callable[[str], None]) -> None:
@@ -109,13 +113,15 @@ class TritonProcess:
 
     def terminate(self) -> None:
         """Ask tritonserver to answer what is open and end; returns at once."""
-        self._process.terminate()
+        # Not Popen's terminate(), which may reap; see kill().
+        signal.pidfd_send_signal(self._descriptor, signal.SIGTERM)
 
     def kill(self) -> None:
         """End the whole group at once: every connection to it breaks."""
         # The unreaped leader keeps the group's number from being given to anybody else.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        with self._killing, contextlib.suppress(ProcessLookupError):
+            if not self._is_reaped:
+                os.killpg(self.pid, signal.SIGKILL)
 
     def end(self) -> int:
         """Make sure that nothing of this run is left. Call it once, last.
@@ -124,7 +130,10 @@ class TritonProcess:
             tritonserver's exit status as `subprocess` has it: negative for a signal.
         """
         self.kill()
-        status = self._process.wait()
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        with self._killing:
+            status = self._process.wait()
+            self._is_reaped = True
         deadline = time.monotonic() + _REAP_S
         for _, descriptor in self._stubs.values():
             left_ms = max(0.0, deadline - time.monotonic()) * 1000
