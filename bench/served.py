@@ -1,0 +1,72 @@
+"""A served demo pipeline for the benchmarks, and a load of so many requests at once."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fullpipe.assemble import Choices, assemble
+from fullpipe.config import PipelineConfig
+from fullpipe.server import ServerConfig, TritonServer
+
+CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
+COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "black")
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond")
+BACKGROUNDS = ("white", "gray", "cyan")
+
+
+@contextlib.contextmanager
+def served_demo(choices: Choices | None = None) -> Iterator[tuple[TritonServer, PipelineConfig]]:
+    """The demo pipeline on a real Triton Inference Server on free ports, quiet but for errors."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        repository = Path(folder) / "repository"
+        config = assemble(CHECKPOINT, repository, choices)
+        settings = ServerConfig(
+            repository, http_port=0, grpc_port=0, metrics_port=0, log_level="error"
+        )
+        with TritonServer(settings) as server:
+            yield server, config
+
+
+def prompts() -> Iterator[str]:
+    """Captions without end, each another one for as long as there are any, then with a number."""
+    for turn in itertools.count():
+        for background, shape, colour in itertools.product(BACKGROUNDS, SHAPES, COLOURS):
+            caption = f"a {colour} {shape} on a {background} background"
+            yield caption if not turn else f"{caption}, number {turn}"
+
+
+def load(
+    make: Callable[[int], object], count: int, concurrency: int
+) -> tuple[float, list[float], list[object]]:
+    """Call `make(n)` for n in 0 … count - 1 with so many calls open at any time.
+
+    Returns:
+        Seconds in all, seconds of each call, results of each call.
+    """
+    seconds = [0.0] * count
+    lock = threading.Lock()
+    numbers = iter(range(count))
+    results: list[object] = [None] * count
+
+    def worker() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            started = time.perf_counter()
+            results[number] = make(number)
+            seconds[number] = time.perf_counter() - started
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(concurrency) as pool:
+        for future in [pool.submit(worker) for _ in range(concurrency)]:
+            future.result()
+    return time.perf_counter() - started, seconds, results
