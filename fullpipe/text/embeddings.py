@@ -90,8 +90,11 @@ class EmbeddingsFolder:
         path = self._paths[name]
         if (path, key) not in self._vectors:
             tensor = _select(self._loaded[path], key, width)
-            rows = [] if tensor is None else list(tensor.float().reshape(-1, tensor.shape[-1]))
-            self._vectors[path, key] = rows
+            self._vectors[path, key] = (
+                []
+                if tensor is None
+                else list(tensor.detach().float().reshape(-1, tensor.shape[-1]))
+            )
         return self._vectors[path, key]
 
     def _is_usable(self, name: str) -> bool:

