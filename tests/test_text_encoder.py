@@ -270,3 +270,13 @@ def test_broken_checkpoints_name_the_file_and_the_remedy(sd1, tmp_path, damage, 
 def test_a_missing_embeddings_folder_is_a_setup_error(sd1, tmp_path):
     with pytest.raises(SetupError, match=r"embeddings folder .* is missing"):
         PromptEncoder.from_folder(sd1[0], embeddings_folder=tmp_path / "none")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_a_gpu_gives_the_same_embeddings(sd1, encoder):
+    on_gpu = PromptEncoder.from_folder(sd1[0], device="cuda").encode("a (red:1.3) cat", "dog " * 90)
+    on_cpu = encoder.encode("a (red:1.3) cat", "dog " * 90)
+    for name, expected in on_cpu.items():
+        assert on_gpu[name].device.type == "cuda"
+        torch.testing.assert_close(on_gpu[name].cpu(), expected, atol=1e-4, rtol=0)
