@@ -6,8 +6,6 @@ import random
 import socket
 from collections.abc import Mapping
 
-import psutil
-
 from fullpipe.errors import SetupError
 
 # Below the range from which the system picks ports for outgoing connections.
@@ -49,6 +47,8 @@ def is_free(host: str, port: int) -> bool:
 
 def port_holder(port: int) -> str:
     """` by NAME (pid N)` of the process that listens on a TCP port, or "" when unreadable."""
+    import psutil  # here, because `fullpipe check` runs without it and says so
+
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fullpipe.errors import SetupError
+from fullpipe.source_files import source_root
 
 INSTALL_SERVER = "pip install 'fullpipe[server]'"
 
@@ -145,7 +146,5 @@ def python_based_backends(folder: Path) -> dict[str, Path]:
 
 
 def default_backends() -> Path:
-    """This project's own backends: of the source tree, or of the installed package."""
-    package = Path(__file__).resolve().parent
-    checkout = package.parent / "backends"
-    return checkout if checkout.is_dir() else package / "_data" / "backends"
+    """This project's own backends."""
+    return source_root() / "backends"
