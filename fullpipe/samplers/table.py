@@ -158,6 +158,7 @@ def advance(
     """
     coefficients = rows.to(registers.dtype)[..., None, None, None]
     columns = [*registers.unbind(1), denoised, uncond_denoised, noise]
+    # Not a matrix product: a GPU may round the factors of one to TF32.
     moved = torch.zeros_like(registers)
     for j, column in enumerate(columns):
         if column is not None:

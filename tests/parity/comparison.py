@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +43,34 @@ class Difference:
         case: what was sampled.
         sigmas_equal: whether the schedules are bit for bit the same.
         relative: max abs difference over the largest absolute value; NaN if either is not finite.
+        ours, theirs: [B, 4, h, w], the results.
     """
 
     case: Case
     sigmas_equal: bool
     relative: float
+    ours: np.ndarray = field(repr=False)
+    theirs: np.ndarray = field(repr=False)
 
 
 def compare(comfyui: ComfyUI, cases: list[Case]) -> list[Difference]:
     """Sample every case with ComfyUI, in its own process, and with fullpipe, at the same time."""
+    theirs, ours = _ask(comfyui, cases)
+    return [
+        _difference(case, *ours[i], theirs[f"sigmas{i}"], theirs[f"samples{i}"])
+        for i, case in enumerate(cases)
+    ]
+
+
+def catalogue(comfyui: ComfyUI) -> tuple[list[str], list[str]]:
+    """The names of ComfyUI's samplers and schedulers."""
+    theirs, _ = _ask(comfyui, [])
+    return theirs["sampler_names"].tolist(), theirs["scheduler_names"].tolist()
+
+
+def _ask(
+    comfyui: ComfyUI, cases: list[Case]
+) -> tuple[dict[str, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
     with tempfile.TemporaryDirectory() as folder:
         questions, answers = Path(folder) / "cases.json", Path(folder) / "answers.npz"
         questions.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
@@ -62,32 +81,41 @@ def compare(comfyui: ComfyUI, cases: list[Case]) -> list[Difference]:
         log, _ = process.communicate()
         if process.returncode != 0:
             raise RuntimeError(f"ComfyUI's process ended with {process.returncode}:\n{log[-3000:]}")
-        theirs = np.load(answers)
-        return [
-            _difference(case, *ours[i], theirs[f"sigmas{i}"], theirs[f"samples{i}"])
-            for i, case in enumerate(cases)
-        ]
+        return dict(np.load(answers)), ours
 
 
 def _difference(
     case: Case, sigmas: np.ndarray, ours: np.ndarray, their_sigmas: np.ndarray, theirs: np.ndarray
 ) -> Difference:
-    relative = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-    return Difference(case, np.array_equal(sigmas, their_sigmas), relative)
+    are_equal = np.array_equal(sigmas, their_sigmas)
+    return Difference(case, are_equal, relative_difference(ours, theirs), ours, theirs)
 
 
-def sample(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Walk the case's table as the loop does: its sigmas [n + 1] and the samples [B, 4, h, w]."""
+def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Max abs difference over the largest absolute value of the second."""
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def sample(case: Case, is_exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Walk the case's table as the loop does.
+
+    Args:
+        case: what to sample.
+        is_exact: do an fp32 case, with its start, noise and timesteps, in float64.
+    Returns:
+        its sigmas [n + 1] and the samples [B, 4, h, w].
+    """
     sampling = ModelSampling.from_scheduler_config(
         {"prediction_type": case.prediction_type, "rescale_betas_zero_snr": case.zero_snr}
     )
     sigmas = calculate_sigmas(sampling, case.scheduler, case.steps, case.denoise, case.sampler_name)
     table = build_table(case.sampler_name, sigmas, sampling)
-    dtype = torch.float64 if case.precision == "float64" else torch.float32
+    is_direct = case.precision == "float64"
+    dtype = torch.float64 if is_direct or is_exact else torch.float32
     network = TinyNetwork(case.prediction_type == "v_prediction", dtype)
     shape = (case.batch, 4, case.size, case.size)
     generator = torch.Generator().manual_seed(case.seed)
-    if dtype == torch.float64:
+    if is_direct:
         x = torch.randn(shape, generator=generator, dtype=dtype) * float(sigmas[0])
     else:
         latent = start_latent(case.batch, case.size) if case.denoise < 1 else torch.zeros(shape)
@@ -104,7 +132,7 @@ def sample(case: Case) -> tuple[np.ndarray, np.ndarray]:
     for i, row in enumerate(torch.from_numpy(table.matrices).to(dtype)):
         x, sigma = registers[:, 0], torch.tensor(table.sigmas[i], dtype=dtype)
         scaled = x * sampling.input_scale(sigma)
-        seen = sigma if dtype == torch.float64 else sampling.sigmas[sampling.timestep(sigma)]
+        seen = sigma if is_direct else sampling.sigmas[sampling.timestep(sigma.float())]
         denoised, unconditional = (
             sampling.denoised(
                 x, sigma, network(scaled, seen.expand(len(x)), context.expand(len(x), -1))
@@ -115,10 +143,10 @@ def sample(case: Case) -> tuple[np.ndarray, np.ndarray]:
         interval = table.noise[i]
         if interval is None:
             drawn = torch.zeros_like(x)
-        elif dtype == torch.float64:
+        elif is_direct:
             drawn = torch.randn(shape, generator=generator, dtype=dtype)
         else:
-            drawn = noise.draw(interval)
+            drawn = noise.draw(interval).to(dtype)
         rows = row.expand(len(x), -1, -1)
         registers = advance(registers, denoised, unconditional, drawn, rows)
     return sigmas.numpy(), registers[:, 0].numpy()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,9 +126,10 @@ def sample_float64(case, model, sigmas):
 
 def main():
     torch.set_num_threads(1)
-    with open(CASES) as file:
-        cases = json.load(file)
+    cases = json.loads(Path(CASES).read_text())
     results, models = {}, {}
+    results["sampler_names"] = np.array(comfy.samplers.SAMPLER_NAMES)
+    results["scheduler_names"] = np.array(comfy.samplers.SCHEDULER_NAMES)
     with torch.no_grad():
         for i, case in enumerate(cases):
             key = (case["prediction_type"], case["zero_snr"])
