@@ -460,17 +460,23 @@ class TestRealServer:
         assert Image.open(io.BytesIO(file)).format == output_format.upper()
         assert picture.pixels.shape == (1, 64, 64, 3)
 
-    def test_a_mask_keeps_what_is_black(self, client):
-        start = client.generate(PROMPT, **SMALL).pixels
-        mask = np.zeros((64, 64), np.uint8)
-        mask[:, 32:] = 255
-        for make in (client.generate, lambda *a, **k: list(client.stream(*a, **k))[-1]):
-            options = {"init_image": start[0], "mask": mask, "denoise": 0.8, "steps": 4, "seed": 8}
-            got = make("a blue square on a black background", **options).pixels
-            assert got.shape == start.shape
-            kept = np.abs(got[:, :, :24].astype(int) - start[:, :, :24]).mean()
-            repainted = np.abs(got[:, :, 40:].astype(int) - start[:, :, 40:]).mean()
-            assert repainted > 2 * kept
+    @pytest.mark.parametrize("way", ["generate", "stream"])
+    def test_black_keeps_and_white_repaints(self, client, way):
+        def repaint(mask, seed):
+            options = {"init_image": start, "mask": mask, "denoise": 0.8, "steps": 4, "seed": seed}
+            if way == "generate":
+                picture = client.generate(PROMPT, **options)
+            else:
+                picture = list(client.stream(PROMPT, **options))[-1]
+            return picture.pixels.astype(int)
+
+        start = np.full((64, 64, 3), 255, np.uint8)
+        start[16:48, 16:48] = (255, 0, 0)
+        black, white = np.zeros((64, 64), np.uint8), np.full((64, 64), 255, np.uint8)
+        kept = repaint(black, seed=1)
+        np.testing.assert_array_equal(kept, repaint(black, seed=2))
+        np.testing.assert_array_equal(repaint(white, seed=1), repaint(None, seed=1))
+        assert (kept != repaint(white, seed=1)).any()
 
     @pytest.mark.parametrize(
         ("inputs", "what"),
