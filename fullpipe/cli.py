@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -228,7 +229,11 @@ def _describe(pipeline: Pipeline) -> str:
             "schedulers": _listed(facts["schedulers"], defaults["scheduler"]),
             "checkpoint": f"{facts['checkpoint']}, fullpipe {facts['version']}",
         }
-        lines += [f"  {label:<11} {text}" for label, text in rows.items()]
+        indent = " " * 14
+        lines += [
+            textwrap.fill(f"  {label:<11} {text}", 100, subsequent_indent=indent)
+            for label, text in rows.items()
+        ]
     return "\n".join(lines)
 
 
