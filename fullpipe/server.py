@@ -8,7 +8,8 @@ What tritonserver 2.51 does when something dies, and what this module does about
 * tritonserver dies: connections break by themselves, but its stubs and their shared memory stay
   behind. `TritonServer` removes them and starts it again.
 * SIGTERM: new connections are refused, open requests are answered, then the models are finalized.
-  A request longer than `stop_timeout_s` is cut off; nothing is left behind either way.
+  A request longer than `stop_timeout_s` is cut off; nothing is left behind either way. Idle
+  HTTP connections, which Triton would wait for, are closed (`fullpipe.idle_connections`).
 """
 
 from __future__ import annotations
@@ -286,7 +287,8 @@ class TritonServer:
         process.terminate()
         deadline = time.monotonic() + self.config.stop_timeout_s + _GRACE_S
         while not process.has_ended() and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
+            process.close_idle_connections(self.config.http_port)
+            time.sleep(_WATCH_S)
 
     def _command(self, files: TritonFiles, backends: Path) -> list[str]:
         config = self.config

@@ -68,9 +68,12 @@ class TritonFiles:
 
         The stub takes the packages of the first `python3` on PATH and ignores PYTHONPATH.
         """
+        env = dict(base)
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{base.get('PATH', os.defpath)}"
         libraries = [*map(str, self.libraries), *filter(None, [base.get("LD_LIBRARY_PATH")])]
-        path = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
-        return {**base, "PATH": path, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
+        if libraries:
+            env["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+        return env
 
 
 def find_triton(installed: Path | None = None) -> TritonFiles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 from fullpipe.errors import SetupError
 from fullpipe.serve import curl_line
 from fullpipe.server import ServerConfig, TritonServer
+from fullpipe.triton_files import embedded_triton, installed_triton
 from fullpipe.triton_log import LogLine, load_failure
 
 triton = pytest.mark.triton
@@ -202,6 +204,32 @@ def test_a_stop_answers_what_is_open_and_leaves_nothing(make_server):
 
 
 @triton
+def test_a_stop_does_not_wait_for_idle_connections(make_server, monkeypatch):
+    """They were answered (or never asked) a while ago; one that waits for an answer is not idle."""
+    monkeypatch.setattr("fullpipe.triton_process.QUIET_S", 1.0)
+    with make_server() as server:
+        host, port = server.config.host, server.config.http_port
+        answered, is_open = (http.client.HTTPConnection(host, port, timeout=20) for _ in range(2))
+        answered.request("POST", "/v2/models/pipeline/generate", '{"delay": 0.2}')
+        assert answered.getresponse().read()
+        unused = socket.create_connection((host, port))
+        time.sleep(1.0)
+        is_open.request("POST", "/v2/models/pipeline/generate", '{"delay": 4.0}')
+        time.sleep(0.5)
+        started = time.monotonic()
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        time.sleep(1.5)
+        assert answered.sock.recv(1) == unused.recv(1) == b"", "closed at once"
+        assert json.loads(is_open.getresponse().read())["out"] == 4.0
+        stopping.join()
+        assert time.monotonic() - started < 15
+        assert server.lines.count("finalized") == 2, "a clean end"
+        for connection in (answered, is_open, unused):
+            connection.close()
+
+
+@triton
 def test_a_request_longer_than_the_limit_is_cut_off(make_server):
     with make_server(stop_timeout_s=1) as server:
         requests = Open(server, 12.0)
@@ -227,6 +255,24 @@ def test_a_dead_stub_or_server_hangs_nobody_and_comes_back(make_server):
         shown = "\n".join(server.lines)
         assert "the process of model instance later_0_0 died; restart 1 of 5" in shown
         assert "tritonserver was ended by SIGKILL; restart 2 of 5" in shown
+
+
+@triton
+def test_an_installed_tritonserver_serves_the_same_repository(make_server, tmp_path):
+    """Laid out as in NVIDIA's container: bin, backends and caches under one folder."""
+    embedded = embedded_triton()
+    root = tmp_path / "opt"
+    for folder in ("bin", "backends/python"):
+        (root / folder).mkdir(parents=True)
+    binary = shutil.copy(embedded.binary, root / "bin")
+    for file in [*embedded.backends["python"].glob("*.*"), embedded.python_stub]:
+        shutil.copy(file, root / "backends" / "python")
+    (root / "caches").symlink_to(embedded.caches)
+    assert installed_triton(Path(binary)) == installed_triton(root)
+    env = {"LD_LIBRARY_PATH": ":".join(map(str, embedded.libraries))}
+    with make_server(triton=root, env=env) as server:
+        assert json.loads(ask(server.url, "pipeline", 0.1))["out"] == pytest.approx(0.1)
+        assert str(root) in " ".join(psutil.Process(server.pid).cmdline())
 
 
 @triton
