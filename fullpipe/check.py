@@ -15,7 +15,13 @@ from pathlib import Path
 
 from fullpipe.errors import SetupError
 from fullpipe.ports import is_free, port_holder
-from fullpipe.triton_files import INSTALL_SERVER, TritonFiles, find_libpython, find_triton
+from fullpipe.triton_files import (
+    INSTALL_SERVER,
+    TritonFiles,
+    cache_folder,
+    find_libpython,
+    find_triton,
+)
 
 # Torch, two CLIPs, a VAE and tritonserver: the demo pipeline with room for its pictures.
 MEMORY_BYTES = 3 << 30
@@ -81,8 +87,7 @@ def check(
     findings += _triton(triton)
     findings += _packages(is_embedded=triton is None)
     findings += [_port(name, host, port) for name, port in ports.items() if port]
-    findings += [_shared_memory(), _writable("temporary folder", Path(tempfile.gettempdir()))]
-    findings.append(_memory())
+    findings += [_shared_memory(), _cache(cache_folder()), _memory()]
     if repository is not None:
         findings.append(_repository(repository))
     return findings
@@ -245,13 +250,15 @@ def _shared_memory() -> Finding:
 _SHM_REMEDY = "docker run --shm-size=1g; elsewhere: mount -o remount,size=1g /dev/shm"
 
 
-def _writable(what: str, folder: Path) -> Finding:
+def _cache(folder: Path) -> Finding:
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return Finding(True, what, str(folder))
+            return Finding(True, "cache folder", str(folder))
     except OSError as error:
         got = f"{folder}: {error.strerror}"
-        return Finding(False, what, got, "a writable folder", "set TMPDIR to one")
+        remedy = "set XDG_CACHE_HOME to a folder that can be written"
+        return Finding(False, "cache folder", got, "a writable folder", remedy)
 
 
 def _memory() -> Finding:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -162,6 +161,7 @@ class TritonServer:
         if not self.config.repository.is_dir():
             raise SetupError(f"no model repository at {self.config.repository}; fullpipe assemble")
         files = find_triton(self.config.triton)
+        backends = files.lay_out(self.config.backends or default_backends())
         ports = choose_ports(self.config.host, {name: getattr(self.config, name) for name in PORTS})
         self.config = replace(
             self.config,
@@ -171,7 +171,7 @@ class TritonServer:
         )
         self._set_state("starting")
         self._supervisor = threading.Thread(
-            target=self._supervise, args=(files,), name="triton-supervisor", daemon=True
+            target=self._supervise, args=(files, backends), name="triton-supervisor", daemon=True
         )
         self._supervisor.start()
 
@@ -213,17 +213,15 @@ class TritonServer:
 
     # --- the supervisor's thread -----------------------------------------------------------
 
-    def _supervise(self, files: TritonFiles) -> None:
+    def _supervise(self, files: TritonFiles, backends: Path) -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix="fullpipe-backends-") as folder:
-                files.lay_out(Path(folder), self.config.backends or default_backends())
-                while (reason := self._run(files, Path(folder))) is not None:
-                    self.restarts += 1
-                    delay_s = min(2.0 ** (self.restarts - 1), 30.0) - 1.0
-                    attempt = f"restart {self.restarts} of {self.config.max_restarts}"
-                    self._log(f"error: {reason}; {attempt} in {delay_s:.0f} s")
-                    if self._stopping.wait(delay_s):
-                        break
+            while (reason := self._run(files, backends)) is not None:
+                self.restarts += 1
+                delay_s = min(2.0 ** (self.restarts - 1), 30.0) - 1.0
+                attempt = f"restart {self.restarts} of {self.config.max_restarts}"
+                self._log(f"error: {reason}; {attempt} in {delay_s:.0f} s")
+                if self._stopping.wait(delay_s):
+                    break
             self._set_state("stopped")
         except SetupError as error:
             self._set_state("failed", str(error))

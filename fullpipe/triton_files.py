@@ -9,10 +9,11 @@ under /opt/tritonserver) is taken as it is, with this project's backends beside 
 from __future__ import annotations
 
 import ctypes.util
+import hashlib
 import os
-import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -42,26 +43,29 @@ class TritonFiles:
     caches: Path
     libraries: tuple[Path, ...]
 
-    def lay_out(self, folder: Path, extra: Path) -> None:
-        """Fill an empty folder, so that it serves as Triton's --backend-directory.
+    def lay_out(self, extra: Path) -> Path:
+        """A folder of links that serves as Triton's --backend-directory.
 
-        Every server gets a folder of its own: nothing is shared, so nothing can be half written
-        or out of date.
+        It lies in the user's cache and is named after its contents, so servers may share it; it
+        appears complete or not at all.
 
         Args:
-            folder: an existing, empty folder.
             extra: a folder of Python-based backends, each a folder with a model.py.
+        Raises:
+            SetupError: the cache cannot be written.
         """
+        links: dict[str, Path] = {}
         for name, source in {**self.backends, **python_based_backends(extra)}.items():
             if name == "python" and self.python_stub:
-                # Copies: a Python-based backend may not load a library that is linked from
-                # outside of the backend directory.
-                (folder / name).mkdir()
-                for file in [*source.iterdir(), self.python_stub]:
-                    if file.is_file():
-                        shutil.copy2(file, folder / name / file.name)
+                files = [*sorted(source.iterdir()), self.python_stub]
+                links.update({f"{name}/{file.name}": file for file in files if file.is_file()})
             else:
-                (folder / name).symlink_to(source, target_is_directory=True)
+                links[name] = source
+        digest = hashlib.sha256(repr(sorted(links.items())).encode()).hexdigest()[:16]
+        folder = cache_folder() / f"backends-{digest}"
+        if not folder.is_dir():
+            _make_links(folder, links)
+        return folder
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """The environment for tritonserver and its stubs.
@@ -74,6 +78,28 @@ class TritonFiles:
         if libraries:
             env["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
         return env
+
+
+def cache_folder() -> Path:
+    """Where this project keeps what it can make again: $XDG_CACHE_HOME/fullpipe."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fullpipe"
+
+
+def _make_links(folder: Path, links: Mapping[str, Path]) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            layout = Path(unfinished) / "layout"
+            for name, target in links.items():
+                (layout / name).parent.mkdir(parents=True, exist_ok=True)
+                (layout / name).symlink_to(target)
+            layout.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # otherwise another server was faster
+            raise SetupError(
+                f"{folder.parent} cannot be written ({error.strerror}): "
+                "set XDG_CACHE_HOME to a writable folder"
+            ) from error
 
 
 def find_triton(installed: Path | None = None) -> TritonFiles:

@@ -99,10 +99,12 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path):
     assert checks._available_bytes(meminfo, tmp_path) == 8000000 << 10
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    finding = checks._writable("temporary folder", tmp_path / "gone")
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    finding = checks._cache(tmp_path / "file" / "fullpipe")
     assert not finding.ok
-    assert "No such file" in finding.got
+    assert "XDG_CACHE_HOME" in finding.remedy
+    assert checks._cache(tmp_path / "new" / "fullpipe").ok
 
 
 def test_repositories(tmp_path):

@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -273,6 +274,26 @@ def test_an_installed_tritonserver_serves_the_same_repository(make_server, tmp_p
     with make_server(triton=root, env=env) as server:
         assert json.loads(ask(server.url, "pipeline", 0.1))["out"] == pytest.approx(0.1)
         assert str(root) in " ".join(psutil.Process(server.pid).cmdline())
+
+
+@triton
+def test_a_backend_directory_is_complete_or_not_there(no_backends, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (no_backends / "toy").mkdir()
+    (no_backends / "toy" / "model.py").write_text("")
+    files = embedded_triton()
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(lambda _: files.lay_out(no_backends), range(32)))
+    assert [folder.name for folder in (tmp_path / "cache" / "fullpipe").iterdir()] == [
+        folder.name for folder in folders
+    ], "one folder, and nothing unfinished beside it"
+    folder = folders.pop()
+    assert {child.name for child in folder.iterdir()} == {"python", "toy"}
+    assert (folder / "python" / "triton_python_backend_stub").is_file()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(SetupError, match=r"cannot be written .*XDG_CACHE_HOME"):
+        files.lay_out(no_backends)
 
 
 @triton
