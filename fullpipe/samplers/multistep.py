@@ -125,10 +125,11 @@ def deis(sigmas: np.ndarray, sampling: ModelSampling) -> Iterator[Row]:
 def _sigmas_to_vp_time(sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Time of the variance-preserving process at each sigma, and the ends of its linear beta.
 
-    The process of Karras et al. (2022), table 1, for σ from 0.002 at 0.001 to 80 at 1. The logs
-    of the ends are NumPy's of fp32 tensors, for ComfyUI's rounding: log(1 + 0.002²) is 1.3 % off.
+    The process of Karras et al. (2022), table 1, for σ from 0.002 at 0.001 to 80 at 1. The lower
+    end is rounded to fp32 on the way as in ComfyUI, where log(1 + 0.002²) is 1.3 % off.
     """
-    low, high = (np.log(torch.tensor(sigma) ** 2 + 1) for sigma in (0.002, 80))
+    low = torch.tensor(np.log((torch.tensor(0.002) ** 2 + 1).numpy()))
+    high = torch.tensor(np.log(80.0**2 + 1))
     slope = 2 * (low / 1e-3 - high) / (1e-3 - 1)
     beta_0 = high - 0.5 * slope
     times = ((beta_0**2 + 2 * slope * (sigmas**2 + 1).log()).sqrt() - beta_0) / slope

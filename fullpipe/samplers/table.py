@@ -129,7 +129,8 @@ def tabulate(sampler: Sampler, sigmas: np.ndarray | torch.Tensor, sampling: Mode
     visited = np.array([r.sigma for r in rows])
     noise = [r.noise for r in rows]
     is_still = sampler.noise_kind.startswith("brownian") and any(n and n[0] == n[1] for n in noise)
-    if is_still or not (np.isfinite(matrices).all() and np.isfinite(visited).all()):
+    is_finite = np.isfinite(visited).all() and (np.abs(matrices) < np.finfo(np.float32).max).all()
+    if is_still or not is_finite:
         raise repeated
     finished = np.cumsum([r.is_step_end for r in rows])
     return Table(visited, matrices, noise, finished, int(finished[-1]))
