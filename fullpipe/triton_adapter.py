@@ -10,6 +10,8 @@ import json
 import logging
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,21 @@ import triton_python_backend_utils as pb_utils
 from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
 
 log = logging.getLogger(__name__)
+
+PUBLISH_EVERY_S = 0.2
+METRICS = {
+    "fullpipe_ticks_total": ("COUNTER", "Ticks of the denoising loop"),
+    "fullpipe_tick_rows_total": ("COUNTER", "UNet rows evaluated, all ticks"),
+    "fullpipe_image_steps_total": ("COUNTER", "Table rows advanced, all images"),
+    "fullpipe_tick_seconds_total": ("COUNTER", "Seconds spent in ticks"),
+    "fullpipe_requests_total": ("COUNTER", "Requests answered, by outcome"),
+    "fullpipe_stage_milliseconds_total": ("COUNTER", "Milliseconds spent, by stage"),
+    "fullpipe_stage_count_total": ("COUNTER", "Requests that passed a stage"),
+    "fullpipe_open_jobs": ("GAUGE", "Requests that are not answered yet"),
+    "fullpipe_queued_images": ("GAUGE", "Images that wait for a slot"),
+    "fullpipe_slots_in_use": ("GAUGE", "Images in the denoising loop"),
+}
+_Key = tuple[str, str, str]
 
 # A BLS caller is told INTERNAL whatever the model answered, and /generate answers 400 to
 # everything, so the code travels at the head of the message too.
@@ -56,8 +73,12 @@ def log_to_triton(model_name: str) -> None:
 
 
 def read_inputs(request: Any) -> dict[str, np.ndarray]:
-    """All inputs of a request as numpy arrays; strings are object arrays of bytes."""
-    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    """All inputs of a request as numpy arrays of their own; strings are object arrays of bytes.
+
+    Copies, because a request that is answered after `execute` has returned outlives Triton's
+    shared memory under its inputs.
+    """
+    return {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
 
 
 def tensor(name: str, value: Any) -> Any:
@@ -149,73 +170,95 @@ def abort_loading(error: PipelineError) -> Any:
 
 
 class TritonMetrics:
-    """The loop's `Observer`: Prometheus metrics on Triton's own /metrics page."""
+    """The loop's `Observer`: Prometheus metrics on Triton's own /metrics page.
+
+    Events are summed up here and published by one thread a few times a second: every update is a
+    round trip to the server, which the loop must not wait for, and Triton 2.51 crashes when two
+    threads update at once.
+    """
 
     def __init__(self, pipeline: str):
-        self._labels = {"pipeline": pipeline}
-        self._families: list[Any] = []
-        self._by_label: dict[tuple[str, str], Any] = {}
-        self._ticks = self._counter("fullpipe_ticks_total", "Ticks of the denoising loop")
-        self._rows = self._counter("fullpipe_tick_rows_total", "UNet rows evaluated, all ticks")
-        self._steps = self._counter("fullpipe_image_steps_total", "Table rows advanced, all images")
-        self._seconds = self._counter("fullpipe_tick_seconds_total", "Seconds spent in ticks")
-        self._open = self._gauge("fullpipe_open_jobs", "Requests that are not answered yet")
-        self._queue = self._gauge("fullpipe_queued_images", "Images that wait for a slot")
-        self._slots = self._gauge("fullpipe_slots_in_use", "Images in the denoising loop")
-        self._outcomes = self._family(
-            "fullpipe_requests_total", "Requests answered, by outcome", "COUNTER"
-        )
-        self._stage_ms = self._family(
-            "fullpipe_stage_milliseconds_total", "Milliseconds spent, by stage", "COUNTER"
-        )
-        self._stage_count = self._family(
-            "fullpipe_stage_count_total", "Requests that passed a stage", "COUNTER"
-        )
+        self._pipeline = pipeline
+        self._families = {
+            name: pb_utils.MetricFamily(
+                name=name, description=description, kind=getattr(pb_utils.MetricFamily, kind)
+            )
+            for name, (kind, description) in METRICS.items()
+        }
+        self._metrics: dict[_Key, Any] = {}
+        self._added: dict[_Key, float] = {}
+        self._set: dict[_Key, float] = {}
+        self._guard = threading.Lock()
+        self._has_news = threading.Event()
+        self._is_closing = False
+        for name, (kind, _) in METRICS.items():
+            if kind == "GAUGE":
+                self._set[name, "", ""] = 0.0
+        self._thread = threading.Thread(target=self._publish, name="metrics", daemon=True)
+        self._thread.start()
 
     def tick(self, slots: int, rows: int, seconds: float) -> None:
         """See `Observer`."""
-        self._ticks.increment(1)
-        self._rows.increment(rows)
-        self._steps.increment(slots)
-        self._seconds.increment(seconds)
+        self._add("fullpipe_ticks_total", 1)
+        self._add("fullpipe_tick_rows_total", rows)
+        self._add("fullpipe_image_steps_total", slots)
+        self._add("fullpipe_tick_seconds_total", seconds)
 
     def stage(self, name: str, milliseconds: float) -> None:
         """See `Observer`."""
-        self._labelled(self._stage_ms, "stage_ms", "stage", name).increment(milliseconds)
-        self._labelled(self._stage_count, "stage_count", "stage", name).increment(1)
+        self._add("fullpipe_stage_milliseconds_total", milliseconds, "stage", name)
+        self._add("fullpipe_stage_count_total", 1, "stage", name)
 
     def outcome(self, code: str) -> None:
         """See `Observer`."""
-        self._labelled(self._outcomes, "outcome", "outcome", code).increment(1)
+        self._add("fullpipe_requests_total", 1, "outcome", code)
 
     def waiting(self, open_jobs: int, queued_images: int, slots: int) -> None:
         """See `Observer`; negative numbers leave a gauge as it is."""
-        for gauge, value in (
-            (self._open, open_jobs),
-            (self._queue, queued_images),
-            (self._slots, slots),
-        ):
-            if value >= 0:
-                gauge.set(value)
+        with self._guard:
+            for name, value in (
+                ("fullpipe_open_jobs", open_jobs),
+                ("fullpipe_queued_images", queued_images),
+                ("fullpipe_slots_in_use", slots),
+            ):
+                if value >= 0:
+                    self._set[name, "", ""] = value
+        self._has_news.set()
 
-    def _family(self, name: str, description: str, kind: str) -> Any:
-        family = pb_utils.MetricFamily(
-            name=name, description=description, kind=getattr(pb_utils.MetricFamily, kind)
-        )
-        self._families.append(family)
-        return family
+    def close(self) -> None:
+        """Publish what is left and end the thread."""
+        self._is_closing = True
+        self._has_news.set()
+        self._thread.join()
 
-    def _counter(self, name: str, description: str) -> Any:
-        return self._family(name, description, "COUNTER").Metric(labels=self._labels)
+    def _add(self, name: str, value: float, label: str = "", label_value: str = "") -> None:
+        key = (name, label, label_value)
+        with self._guard:
+            self._added[key] = self._added.get(key, 0.0) + value
+        self._has_news.set()
 
-    def _gauge(self, name: str, description: str) -> Any:
-        return self._family(name, description, "GAUGE").Metric(labels=self._labels)
+    def _publish(self) -> None:
+        while not self._is_closing:
+            self._has_news.wait()
+            self._has_news.clear()
+            with self._guard:
+                added, self._added = self._added, {}
+                changed, self._set = self._set, {}
+            try:
+                for key, value in added.items():
+                    self._metric(key).increment(value)
+                for key, value in changed.items():
+                    self._metric(key).set(value)
+            except Exception:
+                log.exception("metrics could not be published")
+            time.sleep(PUBLISH_EVERY_S)
 
-    def _labelled(self, family: Any, kind: str, label: str, value: str) -> Any:
-        key = (kind, value)
-        if key not in self._by_label:
-            self._by_label[key] = family.Metric(labels={**self._labels, label: value})
-        return self._by_label[key]
+    def _metric(self, key: _Key) -> Any:
+        if key not in self._metrics:
+            name, label, label_value = key
+            labels = {"pipeline": self._pipeline, **({label: label_value} if label else {})}
+            self._metrics[key] = self._families[name].Metric(labels=labels)
+        return self._metrics[key]
 
 
 def parameters(args: Mapping[str, str]) -> dict[str, str]:

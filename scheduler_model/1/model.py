@@ -36,8 +36,8 @@ class TritonPythonModel:
             unet = BlsUNet(config) if config.loop.unet == "bls" else load_unet(folder, config)
         except SetupError as error:
             raise triton.abort_loading(error) from error
-        metrics = triton.TritonMetrics(config.name)
-        self._pipeline = Pipeline(config, unet, BlsStages(config), metrics)
+        self._metrics = triton.TritonMetrics(config.name)
+        self._pipeline = Pipeline(config, unet, BlsStages(config), self._metrics)
 
     def execute(self, requests):
         """Queue; the answers come later."""
@@ -47,6 +47,7 @@ class TritonPythonModel:
     def finalize(self):
         """Answer what is open and end the threads."""
         self._pipeline.close()
+        self._metrics.close()
 
     def _take(self, sender, inputs):
         def reply(outcome):
