@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes.util
 import hashlib
 import os
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -62,7 +63,7 @@ class TritonFiles:
             else:
                 links[name] = source
         digest = hashlib.sha256(repr(sorted(links.items())).encode()).hexdigest()[:16]
-        folder = cache_folder() / f"backends-{digest}"
+        folder = cache_folder() / f"layout-{digest}"
         if not folder.is_dir():
             _make_links(folder, links)
         return folder
@@ -92,7 +93,12 @@ def _make_links(folder: Path, links: Mapping[str, Path]) -> None:
             layout = Path(unfinished) / "layout"
             for name, target in links.items():
                 (layout / name).parent.mkdir(parents=True, exist_ok=True)
-                (layout / name).symlink_to(target)
+                if target.is_file():
+                    # A copy: Triton refuses a library that is linked from outside of the
+                    # backend directory when a Python-based backend needs it.
+                    shutil.copy2(target, layout / name)
+                else:
+                    (layout / name).symlink_to(target)
             layout.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # otherwise another server was faster
