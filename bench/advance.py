@@ -1,34 +1,29 @@
 """What a sampler step costs the loop, by the number of slots; writes bench/results/advance.json.
 
-Run it as `python bench/advance.py [--device cuda]`. The loop advances any mix of samplers at once,
-so the host's part must not grow with the batch: compare the columns of one run with each other, not
-with another machine's.
+Run it as `python -m bench.advance [--device cuda]`. The loop advances any mix of samplers at once,
+so what the host does must not grow with the batch: `operations` counts the kernels that it launches,
+and a latent of size 1 times little but those launches. The rest is arithmetic, the device's part.
+Compare the figures of one run with each other, not with another machine's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from fullpipe.samplers import REGISTERS, SAMPLERS, advance, build_table  # noqa: E402
-from fullpipe.schedulers import ModelSampling, calculate_sigmas  # noqa: E402
+from bench.record import store
+from fullpipe.samplers import REGISTERS, SAMPLERS, advance, build_table
+from fullpipe.schedulers import ModelSampling, calculate_sigmas
 
 SLOTS = (1, 8, 32)
-# Latents of the demo checkpoint, of SD1.5 and of SDXL at their native sizes.
-LATENT_SIZES = (32, 64, 128)
-REPEATS = 30
+# Launches alone; then latents of the demo checkpoint, of SD1.5 and of SDXL at their native sizes.
+LATENT_SIZES = (1, 32, 64, 128)
+REPEATS = 50
 
 
 def main() -> None:
@@ -42,31 +37,20 @@ def main() -> None:
 
     measured = []
     for size in LATENT_SIZES:
-        times = {slots: _time_advance(rows, slots, size, device) for slots in SLOTS}
-        for slots, (host_ms, total_ms) in times.items():
-            measured.append(
-                {
-                    "latent": size,
-                    "slots": slots,
-                    "host_ms": round(host_ms, 4),
-                    "total_ms": round(total_ms, 4),
-                    "total_over_one_slot": round(total_ms / times[1][1], 2),
-                }
-            )
-    document = {
-        "benchmark": "advance",
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": _machine(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "samplers_mixed": len(SAMPLERS),
-        "advance": measured,
-        "table_of_20_steps_ms": _time_tables(sampling),
-    }
-    results = ROOT / "bench" / "results"
-    results.mkdir(exist_ok=True)
-    suffix = "" if device.type == "cpu" else f"_{device.type}"
-    (results / f"advance{suffix}.json").write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(document))
+        ticks = {slots: _tick(rows, slots, size, device) for slots in SLOTS}
+        times = {slots: _time(tick, device) for slots, tick in ticks.items()}
+        measured += [
+            {
+                "latent": size,
+                "slots": slots,
+                "operations": _count_operations(ticks[slots]),
+                "ms": round(times[slots], 4),
+                "over_one_slot": round(times[slots] / times[1], 2),
+            }
+            for slots in SLOTS
+        ]
+    name = "advance" if device.type == "cpu" else f"advance_{device.type}"
+    store(name, {"advance": measured, "table_of_20_steps_ms": _time_tables(sampling)})
 
 
 def _mixed_rows(sampling: ModelSampling) -> np.ndarray:
@@ -75,45 +59,57 @@ def _mixed_rows(sampling: ModelSampling) -> np.ndarray:
     return np.stack([build_table(name, sigmas[name], sampling).matrices[10] for name in SAMPLERS])
 
 
-def _time_advance(
+def _tick(
     rows: np.ndarray, slots: int, size: int, device: torch.device
-) -> tuple[float, float]:
-    """Median milliseconds until advance() returns, and until its result is there."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    registers = random(slots, REGISTERS, 4, size, size)
-    denoised, uncond_denoised, noise = (random(slots, 4, size, size) for _ in range(3))
+) -> tuple[torch.Tensor, ...]:
+    """The arguments of advance() for so many slots, each of another sampler."""
+    registers = torch.randn(slots, REGISTERS, 4, size, size, device=device)
+    denoised, uncond_denoised, noise = torch.randn(3, slots, 4, size, size, device=device)
     chosen = torch.from_numpy(rows[np.arange(slots) % len(rows)]).float().to(device)
-    host, total = [], []
+    return registers, denoised, uncond_denoised, noise, chosen
+
+
+def _time(tick: tuple[torch.Tensor, ...], device: torch.device) -> float:
+    """Median milliseconds until the result is there."""
+    times = []
     for _ in range(REPEATS + 3):
         start = time.perf_counter()
-        advance(registers, denoised, uncond_denoised, noise, chosen)
-        returned = time.perf_counter()
+        advance(*tick)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        host.append((returned - start) * 1e3)
-        total.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(host[3:]), statistics.median(total[3:])
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[3:])
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the operations that reach a device; views do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def _count_operations(tick: tuple[torch.Tensor, ...]) -> int:
+    with _Counter() as counter:
+        advance(*tick)
+    return counter.operations
 
 
 def _time_tables(sampling: ModelSampling) -> dict[str, float]:
-    """Milliseconds to compute the sigmas and the table of a request, by sampler."""
-    times = {}
+    """Median milliseconds to compute the sigmas and the table of a request, by sampler."""
+    medians = {}
     for name in SAMPLERS:
-        start = time.perf_counter()
-        for _ in range(5):
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
             build_table(name, calculate_sigmas(sampling, "normal", 20, 1.0, name), sampling)
-        times[name] = round((time.perf_counter() - start) / 5 * 1e3, 3)
-    return times
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, 1 thread"
+            times.append((time.perf_counter() - start) * 1e3)
+        medians[name] = round(statistics.median(times), 3)
+    return medians
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fullpipe.errors import InvalidRequest
 from fullpipe.samplers import REGISTERS, SAMPLERS, UNSUPPORTED, advance, build_table, get_sampler
@@ -178,3 +179,20 @@ def test_advance_without_uncond_is_advance_with_zeros(sampling):
         advance(registers, denoised, None, noise, rows),
         advance(registers, denoised, zeros, noise, rows),
     )
+
+
+def test_the_host_launches_as_much_for_one_slot_as_for_many(sampling):
+    class Counter(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operations += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for slots in (1, 8, 32):
+        batch = mixed_batch(sampling, torch.float32, slots)
+        with Counter() as counter:
+            advance(*batch)
+        counts.append(counter.operations)
+    assert counts[0] == counts[1] == counts[2]
