@@ -14,11 +14,11 @@ What tritonserver 2.51 does when something dies, and what this module does about
 
 from __future__ import annotations
 
+import http.client
 import os
 import sys
 import threading
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -275,7 +275,7 @@ class TritonServer:
                     time.sleep(_POLL_S)
             if reason or self._load_failure:
                 return self._load_failure or f"{reason} while loading"
-            if is_ready(self.url):
+            if is_ready(self.config.host, self.config.http_port):
                 process.watch_stubs()
                 self._set_state("ready")
                 return None
@@ -329,10 +329,13 @@ class TritonServer:
             self._changed.notify_all()
 
 
-def is_ready(url: str) -> bool:
-    """Whether the server at this address says that all its models are ready."""
+def is_ready(host: str, port: int) -> bool:
+    """Whether the server there says that all its models are ready. Uses no proxy."""
+    connection = http.client.HTTPConnection(host, port, timeout=2)
     try:
-        with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=2) as response:
-            return response.status == 200
-    except OSError:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()

@@ -87,6 +87,11 @@ def repository(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
 @pytest.fixture
 def no_backends(tmp_path) -> Path:
     folder = tmp_path / "backends"
