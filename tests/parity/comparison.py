@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Case:
     cfg: float = 4.0
     seed: int = 42
     size: int = 8
+    is_masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,21 @@ class Difference:
     theirs: np.ndarray = field(repr=False)
 
 
-def compare(comfyui: ComfyUI, cases: list[Case]) -> list[Difference]:
+Samples = tuple[np.ndarray, np.ndarray]  # the sigmas [n + 1] and the samples [B, 4, h, w]
+
+
+def sample_each(cases: list[Case]) -> list[Samples]:
+    """Every case by itself."""
+    return [sample(case) for case in cases]
+
+
+def compare(
+    comfyui: ComfyUI,
+    cases: list[Case],
+    sample_all: Callable[[list[Case]], list[Samples]] = sample_each,
+) -> list[Difference]:
     """Sample every case with ComfyUI, in its own process, and with fullpipe, at the same time."""
-    theirs, ours = _ask(comfyui, cases)
+    theirs, ours = _ask(comfyui, cases, sample_all)
     return [
         _difference(case, *ours[i], theirs[f"sigmas{i}"], theirs[f"samples{i}"])
         for i, case in enumerate(cases)
@@ -64,20 +78,20 @@ def compare(comfyui: ComfyUI, cases: list[Case]) -> list[Difference]:
 
 def catalogue(comfyui: ComfyUI) -> tuple[list[str], list[str]]:
     """The names of ComfyUI's samplers and schedulers."""
-    theirs, _ = _ask(comfyui, [])
+    theirs, _ = _ask(comfyui, [], sample_each)
     return theirs["sampler_names"].tolist(), theirs["scheduler_names"].tolist()
 
 
 def _ask(
-    comfyui: ComfyUI, cases: list[Case]
-) -> tuple[dict[str, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+    comfyui: ComfyUI, cases: list[Case], sample_all: Callable[[list[Case]], list[Samples]]
+) -> tuple[dict[str, np.ndarray], list[Samples]]:
     with tempfile.TemporaryDirectory() as folder:
         questions, answers = Path(folder) / "cases.json", Path(folder) / "answers.npz"
         questions.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
         reference = Path(__file__).with_name("reference.py")
         process = comfyui.start(reference, str(questions), str(answers))
         with torch.no_grad():
-            ours = [sample(case) for case in cases]
+            ours = sample_all(cases)
         log, _ = process.communicate()
         if process.returncode != 0:
             raise RuntimeError(f"ComfyUI's process ended with {process.returncode}:\n{log[-3000:]}")
@@ -96,14 +110,12 @@ def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def sample(case: Case, is_exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def sample(case: Case, is_exact: bool = False) -> Samples:
     """Walk the case's table as the loop does.
 
     Args:
         case: what to sample.
         is_exact: do an fp32 case, with its start, noise and timesteps, in float64.
-    Returns:
-        its sigmas [n + 1] and the samples [B, 4, h, w].
     """
     sampling = ModelSampling.from_scheduler_config(
         {"prediction_type": case.prediction_type, "rescale_betas_zero_snr": case.zero_snr}

@@ -40,5 +40,10 @@ def contexts() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def start_latent(batch: int, size: int) -> torch.Tensor:
-    """The picture that sampling with denoise below 1 starts from, in the model's own scale."""
+    """The picture that image to image starts from, in the model's own scale."""
     return torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(11))
+
+
+def noise_mask(size: int) -> torch.Tensor:
+    """What to repaint, [1, size, size]: the right half, with a soft border."""
+    return torch.linspace(-1.0, 2.0, size).clamp(0, 1).expand(1, size, size).clone()

@@ -27,7 +27,7 @@ import comfy.model_patcher  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.supported_models  # noqa: E402
-from network import TinyNetwork, contexts, start_latent  # noqa: E402
+from network import TinyNetwork, contexts, noise_mask, start_latent  # noqa: E402
 
 SCALE = 0.18215
 
@@ -60,7 +60,7 @@ def make_model(case):
 
 def sample_float32(case, model):
     latent = torch.zeros(case["batch"], 4, case["size"], case["size"])
-    if case["denoise"] < 1:
+    if case["denoise"] < 1 or case["is_masked"]:
         latent = start_latent(case["batch"], case["size"]) / SCALE
     positive, negative = ([[c[:, None], {}]] for c in contexts())
     noise = comfy.sample.prepare_noise(latent, case["seed"])
@@ -75,6 +75,7 @@ def sample_float32(case, model):
         negative,
         latent,
         denoise=case["denoise"],
+        noise_mask=noise_mask(case["size"]) if case["is_masked"] else None,
         disable_pbar=True,
         seed=case["seed"],
     )

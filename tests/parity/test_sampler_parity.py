@@ -1,15 +1,11 @@
 """Our tables against the real ComfyUI: its sampler functions in float64, its KSampler in fp32."""
 
-import subprocess
-
 import pytest
-import torch
 
 from fullpipe.samplers import SAMPLERS, UNSUPPORTED
 from fullpipe.schedulers import SCHEDULERS
 
 from comparison import Case, catalogue, compare  # isort: skip
-from comfyui import install  # isort: skip
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -22,22 +18,6 @@ KSAMPLER_VARIANTS = [
     {"prediction_type": "v_prediction", "batch": 2},
     {"prediction_type": "v_prediction", "zero_snr": True},
 ]
-
-
-@pytest.fixture(scope="session")
-def comfyui():
-    try:
-        return install()
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"ComfyUI could not be downloaded: {error.stderr}")
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_every_name_of_comfyui_is_known(comfyui):
