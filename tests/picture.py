@@ -32,6 +32,8 @@ NAMES = list(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 # A pixel farther than this from every named colour (of 255 a channel) has none.
 COLOUR_TOLERANCE = 48.0
+# An object whose commonest colour covers less than this share of it has no colour.
+DOMINANT_SHARE = 0.6
 DIRECTIONS = 72
 # Mean difference of the outline, as a fraction of its radius, above which a shape is unknown.
 OUTLINE_TOLERANCE = 0.09
@@ -122,23 +124,17 @@ def measure(image):
     if background < 0:
         return Scene("unknown", ())
 
-    # Seeds: solid parts of one colour. Edges, where colours mix, are too thin to survive.
-    seeds = []
-    for colour in [*range(len(PALETTE)), -1]:
-        if colour == background:
-            continue
-        solid = ndimage.binary_erosion(label == colour, np.ones((3, 3)), border_value=0)
-        parts, count = ndimage.label(solid, np.ones((3, 3)))
-        sizes = ndimage.sum_labels(solid, parts, range(1, count + 1))
-        seeds += [
-            (colour, parts == index + 1)
-            for index, size in enumerate(sizes)
-            if size > 0.003 * side * side
-        ]
+    # Objects are what is not background, whatever its colour; halos of mixed colour are too thin
+    # to survive the erosion.
+    far = np.linalg.norm(pixels - PALETTE[background], axis=2) > COLOUR_TOLERANCE
+    solid = ndimage.binary_erosion(far, np.ones((3, 3)), border_value=0)
+    parts, count = ndimage.label(solid, np.ones((3, 3)))
+    sizes = ndimage.sum_labels(solid, parts, range(1, count + 1))
+    seeds = [parts == n + 1 for n, size in enumerate(sizes) if size > 0.003 * side * side]
     objects = []
-    for index, (colour, seed) in enumerate(seeds):
-        others = [other for n, (_, other) in enumerate(seeds) if n != index]
-        objects.append(_object(pixels, background, colour, seed, others))
+    for index, seed in enumerate(seeds):
+        others = seeds[:index] + seeds[index + 1 :]
+        objects.append(_object(pixels, background, label, seed, others))
     return Scene(NAMES[background], tuple(sorted(objects, key=lambda o: (o.x, o.y))))
 
 
@@ -197,13 +193,19 @@ def _background(label):
     return int(counts.argmax()) - 1
 
 
-def _object(pixels, background, colour, seed, others):
+def _object(pixels, background, label, seed, others):
     height, width = seed.shape
+    shares = np.bincount(label[seed] + 1, minlength=len(PALETTE) + 1) / seed.sum()
+    colour = int(shares.argmax()) - 1
+    if shares.max() < DOMINANT_SHARE:
+        colour = -1
     base = PALETTE[background]
-    ink = np.median(pixels[seed], axis=0)
-    axis = ink - base
-    # How much of each pixel is ink, from 0 to 1: anti-aliased edges give parts of a pixel.
+    inside = seed & (label == colour) if colour >= 0 else seed
+    axis = np.median(pixels[inside], axis=0) - base
+    # How much of each pixel is object, from 0 to 1: anti-aliased edges give parts of a pixel. The
+    # inside counts as whole, or a blotch of another colour would be a hole.
     coverage = ((pixels - base) @ axis / (axis @ axis)).clip(0, 1)
+    coverage[seed] = 1
     foreign = np.zeros_like(seed)
     for other in others:
         foreign |= ndimage.binary_dilation(other, iterations=3)
