@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     theirs = StableDiffusionPipeline.from_pretrained(
-        CHECKPOINT, torch_dtype=torch.float32, local_files_only=True
+        CHECKPOINT, dtype=torch.float32, local_files_only=True
     )
     theirs.scheduler = EulerDiscreteScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)

@@ -336,7 +336,7 @@ class _Fields:
     def base64(self, name: str, max_bytes: int) -> str | None:
         if name not in self.given:
             return None
-        return self.text(name, None, max_bytes * 4 // 3 + 64)
+        return self.text(name, None, max_bytes * 4 // 3 + 64) or None
 
     def job_id(self, *, required: bool) -> str:
         value = self.text("job_id", "", JOB_ID_MAX_CHARS)

@@ -41,7 +41,7 @@ class Work:
         table: the sampler's rows.
         start: [N, 4, h, w] fp32, the first sample.
         latent_image: [N, 4, h, w] fp32 in loop units.
-        start_noise: [N, 4, h, w] fp32.
+        mask_noise: [N, 4, h, w] fp32, what the kept part of a masked image is noised with.
         mask: [N, 1, h, w] fp32, 1 = repaint, or None.
         noise: draws the sampler's own noise, or None for a deterministic table.
         is_guided: whether rows of the negative half are evaluated.
@@ -53,7 +53,7 @@ class Work:
     table: Table
     start: torch.Tensor
     latent_image: torch.Tensor
-    start_noise: torch.Tensor
+    mask_noise: torch.Tensor
     mask: torch.Tensor | None
     noise: SamplerNoise | None
     cfg: float

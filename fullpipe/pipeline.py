@@ -8,7 +8,9 @@ decoder. The stages behind `Stages` are Triton models on a server and plain obje
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,7 @@ from fullpipe.job import Job, Result, Work
 from fullpipe.loop import Loop, Observer
 from fullpipe.noise import SamplerNoise, start_noise
 from fullpipe.progress import ProgressBoard
-from fullpipe.samplers import SAMPLERS, build_table
+from fullpipe.samplers import REGISTERS, SAMPLERS, Table, build_table
 from fullpipe.schedulers import SCHEDULERS, ModelSampling, calculate_sigmas
 from fullpipe.text import repeat_to_same_length
 
@@ -35,6 +37,14 @@ log = logging.getLogger(__name__)
 
 PREPARING_THREADS = 4
 FINISHING_THREADS = 4
+
+NO_STEPS = Table(
+    sigmas=np.zeros(0),
+    matrices=np.zeros((0, REGISTERS, REGISTERS + 3)),
+    noise=[],
+    step_of_row=np.zeros(0, int),
+    steps=0,
+)
 
 Reply = Callable[[Result | dict | PipelineError], None]
 
@@ -71,6 +81,7 @@ class Pipeline:
         self._is_closing = False
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
         self._finishing = ThreadPoolExecutor(FINISHING_THREADS, "finish")
+        self._table = functools.lru_cache(maxsize=256)(self._make_table)
         self._progress = ProgressBoard(self._jobs.get, self._preview)
         scale = config.checkpoint.vae_scale_factor
         self._loop = Loop(
@@ -180,7 +191,7 @@ class Pipeline:
             )
             job.mark("text")
         job.work = self._work(request, encoded, latents, mask)
-        job.steps = int(max(job.work.table.step_of_row, default=0))
+        job.steps = job.work.table.steps
         if job.error is not None:
             raise job.error
         self._loop.add(job)
@@ -263,25 +274,27 @@ class Pipeline:
         mask: torch.Tensor | None,
     ) -> Work:
         sampler = SAMPLERS[request.sampler_name]
-        sigmas = calculate_sigmas(
-            self._sampling, request.scheduler, request.steps, request.denoise, request.sampler_name
-        )
-        table = build_table(request.sampler_name, sigmas, self._sampling)
         count, _, height, width = latent_image.shape
-        noise = start_noise(request.seed, count, height, width)
-        has_steps = len(table.sigmas) > 0
-        start = self._sampling.start(noise, latent_image, sigmas[0]) if has_steps else latent_image
-        is_guided = request.cfg != 1.0 or sampler.needs_uncond
-        sampler_noise = None
-        if any(interval is not None for interval in table.noise):
-            positive_sigmas = sigmas[sigmas > 0]
-            sampler_noise = SamplerNoise(
-                sampler.noise_kind,
-                request.seed,
-                tuple(noise.shape),
-                float(positive_sigmas.min()),
-                float(sigmas.max()),
+        noise = mask_noise = start_noise(request.seed, count, height, width)
+        if mask is not None and sampler.inpaint_seed_offset:
+            seed = (request.seed + sampler.inpaint_seed_offset) % 2**64
+            mask_noise = start_noise(seed, count, height, width)
+        table, start, sampler_noise = NO_STEPS, latent_image, None
+        if request.denoise > 0:
+            sigmas, table = self._table(
+                request.sampler_name, request.scheduler, request.steps, request.denoise
             )
+            start = self._sampling.start(noise, latent_image, sigmas[0])
+            if any(interval is not None for interval in table.noise):
+                sampler_noise = SamplerNoise(
+                    sampler.noise_kind,
+                    request.seed,
+                    tuple(noise.shape),
+                    float(sigmas[sigmas > 0].min()),
+                    float(sigmas.max()),
+                    device=self._config.loop.device,
+                )
+        is_guided = not math.isclose(request.cfg, 1.0) or sampler.needs_uncond
         return Work(
             embeds=self._embeds(encoded, is_guided),
             pooled=self._pooled(encoded) if self._config.checkpoint.is_sdxl else None,
@@ -289,12 +302,18 @@ class Pipeline:
             table=table,
             start=start,
             latent_image=latent_image,
-            start_noise=noise,
+            mask_noise=mask_noise,
             mask=mask,
             noise=sampler_noise,
             cfg=request.cfg,
             is_guided=is_guided,
         )
+
+    def _make_table(
+        self, sampler_name: str, scheduler: str, steps: int, denoise: float
+    ) -> tuple[torch.Tensor, Table]:
+        sigmas = calculate_sigmas(self._sampling, scheduler, steps, denoise, sampler_name)
+        return sigmas, build_table(sampler_name, sigmas, self._sampling)
 
     def _embeds(self, encoded: Mapping[str, torch.Tensor], is_guided: bool) -> torch.Tensor:
         positive = encoded["prompt_embeds"].float()

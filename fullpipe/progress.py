@@ -92,7 +92,7 @@ class ProgressBoard:
         job = self._find(query.job_id)
         if job is None:
             return {"job_id": query.job_id, "state": "unknown"}
-        event = {
+        event: dict[str, object] = {
             "job_id": job.id,
             "state": "running" if job.work else "preparing",
             "step": job.steps_done,

@@ -176,7 +176,7 @@ class Group:
         if work.mask is None:
             return sample
         mask = work.mask[image].to(self._device)
-        noise, latent_image = work.start_noise[image], work.latent_image[image]
+        noise, latent_image = work.mask_noise[image], work.latent_image[image]
         kept = latent_image.to(self._device) + noise.to(self._device) * sigma
         return sample * mask + kept * (1.0 - mask)
 

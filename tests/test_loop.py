@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -57,10 +58,24 @@ def test_alone_twice_is_bit_equal(open_pipeline):
     assert np.array_equal(first.images, second.images)
 
 
-@pytest.mark.parametrize("sampler_name", ["euler", "euler_ancestral", "dpmpp_2m", "heun", "lcm"])
-def test_same_image_alone_and_beside_seven_others(open_pipeline, config, sampler_name):
+# Guidance and some samplers amplify the rounding of the UNet's matrix products, which differs with
+# the number of rows (3e-6): dpm_2 in 8 steps at cfg 8 to 7e-4, dpmpp_2m_sde to 1.2e-4. Those two,
+# and lcm, run here at the guidance that people give them.
+SAMPLERS = [
+    {"sampler_name": "euler"},
+    {"sampler_name": "euler_ancestral"},
+    {"sampler_name": "heun"},
+    {"sampler_name": "dpm_2", "scheduler": "karras", "cfg": 4.0},
+    {"sampler_name": "dpmpp_2m", "scheduler": "karras"},
+    {"sampler_name": "lcm", "scheduler": "sgm_uniform", "cfg": 1.5},
+    {"sampler_name": "dpmpp_2m_sde", "scheduler": "karras", "cfg": 4.0},
+]
+
+
+@pytest.mark.parametrize("settings", SAMPLERS, ids=lambda settings: settings["sampler_name"])
+def test_same_image_alone_and_beside_seven_others(open_pipeline, config, settings):
     pipeline = open_pipeline()
-    wanted = {"prompt": RED, "seed": 7, "steps": 8, "sampler_name": sampler_name, **SMALL}
+    wanted = {"prompt": RED, "seed": 7, "steps": 8, **settings, **SMALL}
     alone = pipeline.generate(**wanted)
     futures = [pipeline.submit(seed=n, **SMALL, **other) for n, other in enumerate(OTHERS)]
     beside = pipeline.submit(**wanted).result()
@@ -132,7 +147,7 @@ def test_shapes_take_turns(open_pipeline, watched):
         future.result()
     widths = [shape[3] for shape in watched.calls]
     together = widths[max(widths.index(16), widths.index(24)) :][:30]
-    turns = [here != after for here, after in zip(together, together[1:], strict=False)]
+    turns = [here != after for here, after in itertools.pairwise(together)]
     assert all(turns), f"no turns: {widths}"
 
 
@@ -179,7 +194,11 @@ def test_image_to_image_keeps_what_denoise_leaves(open_pipeline, demo_stages):
     distances = []
     for denoise in (0.1, 0.9):
         changed = pipeline.generate(
-            prompt="a blue square on a black background", seed=3, init_image=start, denoise=denoise
+            prompt="a blue square on a black background",
+            seed=3,
+            cfg=2.0,
+            init_image=start,
+            denoise=denoise,
         ).images
         distances.append(np.abs(changed.astype(int) - again).mean())
     assert distances[0] < 0.25 * distances[1]

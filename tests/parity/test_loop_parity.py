@@ -64,7 +64,7 @@ def work_of(case: Case) -> tuple[torch.Tensor, Work]:
         table=table,
         start=SAMPLING.start(noise, latent_image, sigmas[0]),
         latent_image=latent_image,
-        start_noise=start_noise(
+        mask_noise=start_noise(
             case.seed + (sampler.inpaint_seed_offset or 0), case.batch, size, size
         ),
         mask=noise_mask(size).expand(case.batch, 1, size, size) if case.is_masked else None,
