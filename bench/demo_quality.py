@@ -11,6 +11,7 @@ never saw, half of them in wordings that it never saw either, half of them of tw
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--name", default="demo_quality", help="file in bench/results")
+    parser.add_argument("--print-only", action="store_true", help="store no result")
     arguments = parser.parse_args()
 
     height, _, width = arguments.size.partition("x")
@@ -81,7 +82,10 @@ def main() -> None:
         "sampling_s": round(seconds, 1),
         "device": arguments.device,
     }
-    store(arguments.name, result)
+    if arguments.print_only:
+        print(json.dumps(result))
+    else:
+        store("demo_quality", result)
 
 
 def shares(verdicts: list[Verdict]) -> dict:

@@ -16,9 +16,9 @@ from fullpipe.config import PipelineConfig
 from fullpipe.server import ServerConfig, TritonServer
 
 CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
-COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "black")
+COLOURS = ("red", "green", "blue", "yellow", "orange", "brown", "pink", "white")
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond")
-BACKGROUNDS = ("white", "gray", "cyan")
+BACKGROUNDS = ("white", "black", "cyan")
 
 
 @contextlib.contextmanager
@@ -38,6 +38,8 @@ def prompts() -> Iterator[str]:
     """Captions without end, each another one for as long as there are any, then with a number."""
     for turn in itertools.count():
         for background, shape, colour in itertools.product(BACKGROUNDS, SHAPES, COLOURS):
+            if colour == background:
+                continue
             caption = f"a {colour} {shape} on a {background} background"
             yield caption if not turn else f"{caption}, number {turn}"
 
