@@ -16,7 +16,7 @@ from demo.sample import load, sample
 def sheet(images, captions, columns, thumb=168):
     """Lay out equally large pictures in rows, each over its caption; returns a palette image."""
     font = ImageFont.load_default(size=11)
-    cell = (thumb + 10, thumb + 46)
+    cell = (thumb + 10, thumb + 58)
     rows = -(-len(images) // columns)
     canvas = Image.new("RGB", (columns * cell[0] + 10, rows * cell[1] + 10), "white")
     pen = ImageDraw.Draw(canvas)
@@ -26,7 +26,7 @@ def sheet(images, captions, columns, thumb=168):
         picture.thumbnail((thumb, thumb), Image.Resampling.LANCZOS)
         canvas.paste(picture, (x, y))
         pen.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline="#bbbbbb")
-        text = "\n".join(textwrap.wrap(caption, 31)[:3])
+        text = "\n".join(textwrap.wrap(caption, 27)[:4])
         pen.multiline_text((x, y + picture.height + 3), text, fill="#222222", font=font, spacing=1)
     return canvas.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
