@@ -102,7 +102,7 @@ def load_vae(folder: Path, device: str, dtype: torch.dtype) -> AutoencoderKL:
     """Read a diffusers AutoencoderKL folder; raises SetupError when it is missing or broken."""
     try:
         vae = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise SetupError(

@@ -74,6 +74,8 @@ class TritonFiles:
         The stub takes the packages of the first `python3` on PATH and ignores PYTHONPATH.
         """
         env = dict(base)
+        # Waiting threads of one stub must not spin on the cores that another one needs.
+        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{base.get('PATH', os.defpath)}"
         libraries = [*map(str, self.libraries), *filter(None, [base.get("LD_LIBRARY_PATH")])]
         if libraries:
