@@ -208,9 +208,9 @@ def _write_stages(
             continue
         template = source_root() / "model_repository" / stage / "config.pbtxt"
         version = _write_model(folder, _template_config(template, names[stage]))
-        StageConfig(stage, config.loop.device, config.loop.dtype, threads).save(
-            version / "stage.json"
-        )
+        # ComfyUI computes embeddings in fp32 on every device, and they cost next to nothing.
+        dtype = "float32" if stage == "text_encoder" else config.loop.dtype
+        StageConfig(stage, config.loop.device, dtype, threads).save(version / "stage.json")
         for part in parts:
             if (checkpoint / part).is_dir():
                 _link_folder(checkpoint / part, version / part)

@@ -265,9 +265,3 @@ def parameters(args: Mapping[str, str]) -> dict[str, str]:
     """The string parameters of the model's config.pbtxt."""
     config = json.loads(args["model_config"])
     return {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
-
-
-def use_torch_threads(count: int) -> None:
-    """Limit torch's threads in this process; 0 keeps torch's own choice."""
-    if count:
-        sys.modules["torch"].set_num_threads(count)

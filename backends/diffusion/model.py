@@ -110,7 +110,8 @@ def torch_dtype(config):
     """The stage's torch dtype; imports torch, which the picture stage does without."""
     import torch
 
-    triton.use_torch_threads(config.torch_threads)
+    if config.torch_threads:
+        torch.set_num_threads(config.torch_threads)
     return getattr(torch, config.dtype)
 
 

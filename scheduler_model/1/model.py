@@ -32,7 +32,8 @@ class TritonPythonModel:
         folder = triton.version_folder(args)
         try:
             config = PipelineConfig.load(folder / "pipeline.json")
-            triton.use_torch_threads(config.loop.torch_threads)
+            if config.loop.torch_threads:
+                torch.set_num_threads(config.loop.torch_threads)
             unet = BlsUNet(config) if config.loop.unet == "bls" else load_unet(folder, config)
         except SetupError as error:
             raise triton.abort_loading(error) from error
