@@ -93,10 +93,14 @@ def assemble(
             _write_stages(folder, checkpoint, config, names, choices.stage_threads)
             _write_ensemble(folder, config, names)
             _write_stream(folder, names)
+            written = {model.name for model in folder.iterdir()}
             for model in sorted(folder.iterdir()):
                 report(model.name)
                 shutil.rmtree(out / model.name, ignore_errors=True)
                 model.rename(out / model.name)
+            for part in names.values():  # what another choice had left there before
+                if part not in written:
+                    shutil.rmtree(out / part, ignore_errors=True)
     except OSError as error:
         raise SetupError(f"{out} cannot be written: {error}") from error
     return config

@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         return _fail(
-            f"`fullpipe {args.command}` needs {error.name}: pip install 'fullpipe[server]'"
+            f"`fullpipe {args.command}` needs {error.name}: "
+            "pip install '.[server]' in a clone of this project"
         )
     except (PipelineError, OSError) as error:
         return _fail(str(error))

@@ -156,6 +156,7 @@ def parse(
     limits: Limits,
     samplers: tuple[str, ...],
     schedulers: tuple[str, ...],
+    refused: Mapping[str, str],
 ) -> Request | ProgressQuery | CancelOrder:
     """Check the named tensors of one call of the loop model.
 
@@ -163,6 +164,7 @@ def parse(
         inputs: contract name to numpy array as Triton delivers it: strings as object arrays of
             bytes, scalars with dims [1].
         samplers, schedulers: the names that this server offers.
+        refused: sampler names that it refuses, each with the reason.
     Raises:
         InvalidRequest: one line with what, got and allowed.
     """
@@ -177,6 +179,9 @@ def parse(
             wait_ms=fields.integer("wait_ms", 1000, 0, 10_000),
             has_preview=fields.choice("preview", "none", PREVIEWS) == "latent",
         )
+    sampler_name = fields.text("sampler_name", "", 256)
+    if sampler_name in refused:
+        raise InvalidRequest(f"sampler_name={sampler_name!r} is refused: {refused[sampler_name]}")
     return _parse_picture(fields, defaults, limits, samplers, schedulers)
 
 

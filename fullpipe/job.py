@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fullpipe.contract import Request
-from fullpipe.errors import PipelineError
+from fullpipe.errors import PipelineError, Unavailable
 from fullpipe.noise import SamplerNoise
 from fullpipe.samplers import Table
 
@@ -121,6 +121,12 @@ class Job:
         """Ask for an early end; whoever holds the job answers it with `error` next."""
         if self.error is None:
             self.error = error
+
+    def check_deadline(self) -> None:
+        """Cancel the job when its time is over."""
+        if time.monotonic() > self.deadline:
+            limit = self.deadline - self.arrived
+            self.cancel(Unavailable(f"not finished within the deadline of {limit:g} s"))
 
     def mark(self, stage: str) -> None:
         """Book the time since the last mark to `stage`, in milliseconds."""

@@ -129,7 +129,6 @@ class Loop:
 
     def _sweep(self) -> None:
         """Free what is cancelled, failed or too late, before any more work is put into it."""
-        now = time.monotonic()
         with self._wake:
             queued = [job for job, _ in self._queue]
         seated = [
@@ -137,9 +136,7 @@ class Loop:
         ]
         ended = []
         for job in dict.fromkeys([*queued, *seated]):
-            if now > job.deadline:
-                limit = job.deadline - job.arrived
-                job.cancel(Unavailable(f"not finished within the deadline of {limit:g} s"))
+            job.check_deadline()
             if job.error is not None:
                 ended.append(job)
         for job in ended:

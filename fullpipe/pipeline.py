@@ -29,7 +29,7 @@ from fullpipe.job import Job, Result, Work
 from fullpipe.loop import Loop, Observer
 from fullpipe.noise import SamplerNoise, start_noise
 from fullpipe.progress import ProgressBoard
-from fullpipe.samplers import REGISTERS, SAMPLERS, Table, build_table
+from fullpipe.samplers import REGISTERS, SAMPLERS, UNSUPPORTED, Table, build_table
 from fullpipe.schedulers import SCHEDULERS, ModelSampling, calculate_sigmas
 from fullpipe.text import repeat_to_same_length
 
@@ -108,6 +108,7 @@ class Pipeline:
                 self._config.limits,
                 tuple(SAMPLERS),
                 SCHEDULERS,
+                UNSUPPORTED,
             )
             if isinstance(asked, ProgressQuery):
                 self._progress.ask(asked, reply)
@@ -153,6 +154,7 @@ class Pipeline:
     def _hand(self, pool: ThreadPoolExecutor, stage: Callable[[Job], None], job: Job) -> None:
         def guarded() -> None:
             try:
+                job.check_deadline()
                 if job.error is not None:
                     raise job.error
                 stage(job)
@@ -203,7 +205,7 @@ class Pipeline:
         arrays = request.arrays
         opened: dict[str, Any] = {
             "max_bytes": limits.max_image_bytes,
-            "max_side_px": 2 * limits.max_size_px,
+            "max_side_px": limits.max_size_px + contract.SIZE_MULTIPLE_PX - 1,
         }
         if "latents" in arrays:
             latents = torch.from_numpy(arrays["latents"].astype(np.float32))

@@ -14,11 +14,19 @@ from fullpipe.job import Job
 log = logging.getLogger(__name__)
 
 
+# How long a poll of a job that nobody knows is kept: it may be about to arrive, or have ended.
+UNKNOWN_JOB_S = 0.02
+
+
 @dataclasses.dataclass
 class _Poll:
     query: ProgressQuery
     reply: Callable[[dict], None]
-    until: float
+    asked: float
+
+    def until(self, job: Job | None) -> float:
+        """When it is answered at the latest."""
+        return self.asked + (UNKNOWN_JOB_S if job is None else self.query.wait_ms / 1e3)
 
 
 class ProgressBoard:
@@ -43,7 +51,7 @@ class ProgressBoard:
         if query.has_preview and (job := self._find(query.job_id)):
             job.wants_preview = True
         with self._news:
-            self._polls.append(_Poll(query, reply, time.monotonic() + query.wait_ms / 1e3))
+            self._polls.append(_Poll(query, reply, time.monotonic()))
             self._news.notify()
 
     def tell(self) -> None:
@@ -81,12 +89,13 @@ class ProgressBoard:
 
     def _is_due(self, poll: _Poll, now: float) -> bool:
         job = self._find(poll.query.job_id)
-        return now >= poll.until or (job is not None and job.steps_done > poll.query.since)
+        return now >= poll.until(job) or (job is not None and job.steps_done > poll.query.since)
 
     def _seconds_left(self) -> float | None:
         if not self._polls:
             return None
-        return max(0.0, min(poll.until for poll in self._polls) - time.monotonic())
+        until = min(poll.until(self._find(poll.query.job_id)) for poll in self._polls)
+        return max(0.0, until - time.monotonic())
 
     def _event(self, query: ProgressQuery) -> dict:
         job = self._find(query.job_id)

@@ -146,6 +146,20 @@ def call_model(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
     return {output.name(): output for output in answer.output_tensors()}
 
 
+def text(name: str, array: np.ndarray | None) -> str:
+    """The only element of a STRING input, "" where it was left out.
+
+    Raises:
+        InvalidRequest: it is not UTF-8.
+    """
+    if array is None:
+        return ""
+    try:
+        return array.reshape(-1)[0].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{name} is not UTF-8: {error.reason}") from None
+
+
 def first_string(output: Any) -> str:
     """The only element of a STRING tensor."""
     return output.as_numpy().reshape(-1)[0].decode()

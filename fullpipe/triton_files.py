@@ -23,7 +23,7 @@ from pathlib import Path
 from fullpipe.errors import SetupError
 from fullpipe.source_files import source_root
 
-INSTALL_SERVER = "pip install 'fullpipe[server]'"
+INSTALL_SERVER = "pip install '.[server]' in a clone of this project"
 
 
 @dataclass(frozen=True)

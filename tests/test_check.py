@@ -45,7 +45,7 @@ def test_what_is_not_installed_is_named_with_its_command(bare_machine, name):
     lines = bare_machine.splitlines()
     row = next(i for i, line in enumerate(lines) if line.split()[:2] == ["PROBLEM", name])
     assert "needed:" in lines[row + 1]
-    assert "get it: pip install 'fullpipe[server]'" in lines[row + 2]
+    assert "get it: pip install '.[server]' in a clone" in lines[row + 2]
 
 
 def test_a_taken_port_is_named_with_its_holder():

@@ -47,10 +47,9 @@ def text_encoder(folder, config):
 
     def stage(inputs):
         clip_skip = inputs.get("clip_skip")
-        negative = inputs.get("negative_prompt")
         return encoder.encode(
-            string(inputs["prompt"]),
-            "" if negative is None else string(negative),
+            triton.text("prompt", inputs["prompt"]),
+            triton.text("negative_prompt", inputs.get("negative_prompt")),
             None if clip_skip is None else int(clip_skip[0]),
         )
 
@@ -92,8 +91,7 @@ def image_encoder(folder, config):
 
     def stage(inputs):
         pixels = inputs["images"]
-        output_format = inputs.get("output_format")
-        output_format = "png" if output_format is None else string(output_format)
+        output_format = triton.text("output_format", inputs.get("output_format")) or "png"
         if output_format == "raw":
             return {"image": [], "images": pixels}
         return {"image": encode_images(pixels, output_format), "images": pixels[:0]}
@@ -120,8 +118,3 @@ def from_numpy(array):
     import torch
 
     return torch.from_numpy(array)
-
-
-def string(array):
-    """The only element of a STRING tensor."""
-    return array.reshape(-1)[0].decode()

@@ -56,10 +56,10 @@ class TritonPythonModel:
 
     def _stream(self, sender, inputs):
         """Send events until the picture is there; returns the last response's outputs."""
-        preview = decode(inputs.pop("preview", None)) or "none"
+        preview = triton.text("preview", inputs.pop("preview", None)) or "none"
         if preview not in ("none", "latent"):
             raise InvalidRequest(f"preview={preview[:60]!a} is unknown, allowed: none, latent")
-        job_id = decode(inputs.get("job_id")) or secrets.token_urlsafe(16)
+        job_id = triton.text("job_id", inputs.get("job_id")) or secrets.token_urlsafe(16)
         picture = self._threads.submit(
             triton.call_model,
             self._pipeline,
@@ -101,8 +101,3 @@ class TritonPythonModel:
         except PipelineError:
             return {}
         return json.loads(triton.first_string(answer["event"]))
-
-
-def decode(array):
-    """The only element of a STRING tensor, or None."""
-    return None if array is None else array.reshape(-1)[0].decode()
