@@ -15,7 +15,7 @@ from demo.captions import held_out_example
 from demo.sample import load, sample
 from tests.picture import COLOURS, Request, Wanted, matches, measure, parse
 
-OVER = 8
+OVER = 6
 
 
 def corners(shape, x, y, r):
@@ -70,10 +70,10 @@ def paint(background, things, size=(128, 128)):
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "hexagon", "cross", "ring")
 
 
-@pytest.mark.parametrize("size", [(128, 128), (256, 256), (256, 384)])
+@pytest.mark.parametrize("size", [(128, 128), (256, 384)])
 def test_measurement_is_right_on_exact_pictures(size):
     rng = random.Random(f"{size}")
-    trials, right = 150, 0
+    trials, right = 100, 0
     for n in range(trials):
         background, *colours = rng.sample(list(COLOURS), 3)
         places = [(0.26, 0.5), (0.74, 0.5)] if n % 2 else [(rng.choice((0.3, 0.5, 0.7)), 0.5)]
@@ -138,8 +138,8 @@ def verdicts(networks, count, seed, **options):
     rng = random.Random(seed)
     captions = [held_out_example(rng, things=1 + n % 2)[1] for n in range(count)]
     images = []
-    for start in range(0, count, 6):
-        chosen = captions[start : start + 6]
+    for start in range(0, count, 8):
+        chosen = captions[start : start + 8]
         seeds = [seed + start + n for n in range(len(chosen))]
         images += list(sample(networks, chosen, seeds, **options))
     return [matches(measure(i), c) for i, c in zip(images, captions, strict=True)]
@@ -150,14 +150,14 @@ def share(found, part):
 
 
 def test_unseen_captions_are_drawn(networks):
-    found = verdicts(networks, 18, seed=100)
+    found = verdicts(networks, 12, seed=100)
     assert share(found, "background") >= 0.9
     assert share(found, "colour") >= 0.85
     assert share(found, "shape") >= 0.75
 
 
 def test_small_pictures_in_few_steps_have_the_right_colours(networks):
-    found = verdicts(networks, 18, seed=200, size=(128, 128), steps=8, cfg=3.0)
+    found = verdicts(networks, 16, seed=200, size=(128, 128), steps=8, cfg=3.0)
     assert share(found, "background") >= 0.9
     assert share(found, "colour") >= 0.8
 
