@@ -1,6 +1,6 @@
 """`make demo`: assemble the demo pipeline, serve it, make one picture, say how long each part took.
 
-    python -m demo.run [PROMPT] [-o out/demo.png]
+python -m demo.run [PROMPT] [-o out/demo.png]
 """
 
 from __future__ import annotations
