@@ -232,24 +232,10 @@ def _parse_picture(
 
 
 def _check_together(request: Request) -> None:
-    starts = [
-        name
-        for name, given in (
-            ("init_image", "init_image" in request.arrays),
-            ("init_image_b64", request.init_image_b64 is not None),
-            ("latents", "latents" in request.arrays),
-        )
-        if given
-    ]
-    masks = [
-        name
-        for name, given in (
-            ("mask", "mask" in request.arrays),
-            ("mask_b64", request.mask_b64 is not None),
-            ("noise_mask", "noise_mask" in request.arrays),
-        )
-        if given
-    ]
+    files = {"init_image_b64": request.init_image_b64, "mask_b64": request.mask_b64}
+    given = {*request.arrays, *(name for name, text in files.items() if text)}
+    starts = [name for name in ("init_image", "init_image_b64", "latents") if name in given]
+    masks = [name for name in ("mask", "mask_b64", "noise_mask") if name in given]
     for kind, names in (("start", starts), ("mask", masks)):
         if len(names) > 1:
             raise InvalidRequest(f"{' and '.join(names)} are both given; allowed is one {kind}")
