@@ -127,6 +127,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     weights = sorted(folder.glob("*/*.safetensors"))
     if not weights:
         raise SetupError(f"{folder} holds no *.safetensors weights")
+    is_sdxl = "XL" in index["_class_name"] or unet.get("addition_embed_type") == "text_time"
+    pooled_dim = 0
+    if is_sdxl:  # the rest of the UNet's added conditions are six embedded sizes
+        added = int(unet["projection_class_embeddings_input_dim"])
+        pooled_dim = added - 6 * int(unet["addition_time_embed_dim"])
     return Checkpoint(
         digest=_digest(weights),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
@@ -134,7 +139,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
         scaling_factor=float(vae["scaling_factor"]),
         latent_rgb=fit_latent_rgb(folder / "vae", float(vae["scaling_factor"])),
-        is_sdxl="XL" in index["_class_name"] or unet.get("addition_embed_type") == "text_time",
+        embed_dim=int(unet["cross_attention_dim"]),
+        pooled_dim=pooled_dim,
+        is_sdxl=is_sdxl,
     )
 
 

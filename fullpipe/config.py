@@ -25,6 +25,7 @@ class Limits:
     min_size_px: int = 64
     max_size_px: int = 512
     max_prompt_chars: int = 8_000
+    max_prompt_tokens: int = 16 * 77
     max_image_bytes: int = 16 * 1024 * 1024
     max_open_jobs: int = 128
     deadline_s: float = 300.0
@@ -75,6 +76,8 @@ class Checkpoint:
         scaling_factor: latents of the loop = scaling_factor × latents of the VAE.
         latent_rgb: [latent_channels + 1][3], affine map of loop latents to colour in -1 … 1,
             fitted on the VAE when the repository was assembled; for previews.
+        embed_dim: width C of prompt_embeds.
+        pooled_dim: width P of pooled_prompt_embeds, 0 where the UNet takes none.
         is_sdxl: the UNet takes text_embeds and time_ids.
     """
 
@@ -84,6 +87,8 @@ class Checkpoint:
     vae_scale_factor: int
     scaling_factor: float
     latent_rgb: list[list[float]]
+    embed_dim: int
+    pooled_dim: int
     is_sdxl: bool
 
 

@@ -173,8 +173,13 @@ class Loop:
                 self._groups[shape] = Group(
                     shape, self._settings.slots, self._device, self._sampling
                 )
-            self._groups[shape].put(job, image)
-            free -= 1
+            try:
+                self._groups[shape].put(job, image)
+                free -= 1
+            except Exception as error:
+                self._fail(job, error)
+                self._drop(job)
+                self._finished(job)
         self._observer.waiting(-1, len(self._queue), self._in_flight)
 
     def _choose_group(self) -> Group:
@@ -228,14 +233,17 @@ class Loop:
         for slot in slots:
             jobs.setdefault(group.occupant(slot).job, []).append(slot)
         if len(jobs) == 1:
-            (job,) = jobs
-            if not isinstance(error, PipelineError):
-                log.error("job %s failed in the loop", job.id, exc_info=error)
-                error = PipelineError("the denoising step failed; the server's log has the cause")
-            job.cancel(error)
+            self._fail(next(iter(jobs)), error)
             return
         for own in jobs.values():
             self._run_tick(group, own)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Mark a job as failed; the cause of a surprise goes to the log, once."""
+        if not isinstance(error, PipelineError):
+            log.error("job %s failed in the loop", job.id, exc_info=error)
+            error = PipelineError("the denoising step failed; the server's log has the cause")
+        job.cancel(error)
 
     def _report_step(self, occupant: Occupant, prediction: torch.Tensor) -> None:
         job = occupant.job

@@ -320,16 +320,28 @@ class Pipeline:
     def _embeds(self, encoded: Mapping[str, torch.Tensor], is_guided: bool) -> torch.Tensor:
         positive = encoded["prompt_embeds"].float()
         negative = encoded["negative_prompt_embeds"].float() if is_guided else positive
+        width = self._config.checkpoint.embed_dim
         for name, embeds in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
-            if len(embeds) != 1 or not embeds.isfinite().all():
-                raise InvalidRequest(
-                    f"{name} has shape {list(embeds.shape)}, needs [1, 77n, C] and finite values"
-                )
+            _check_embeds(name, embeds, (1, embeds.shape[1], width))
+        # Unequal lengths are repeated to a common multiple, which may be far longer than both.
+        tokens = math.lcm(positive.shape[1], negative.shape[1])
+        allowed = self._config.limits.max_prompt_tokens
+        if tokens > allowed:
+            raise InvalidRequest(
+                f"prompt and negative_prompt of {positive.shape[1]} and {negative.shape[1]} tokens"
+                f" make {tokens}, allowed {allowed}; shorten them or make them equally long"
+            )
         return torch.cat(repeat_to_same_length(positive, negative))
 
     def _pooled(self, encoded: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if "pooled_prompt_embeds" not in encoded:
+            raise InvalidRequest("pooled_prompt_embeds is missing; this checkpoint needs it")
         positive = encoded["pooled_prompt_embeds"].float()
-        return torch.cat([positive, encoded.get("negative_pooled_prompt_embeds", positive).float()])
+        negative = encoded.get("negative_pooled_prompt_embeds", positive).float()
+        shape = (1, self._config.checkpoint.pooled_dim)
+        _check_embeds("pooled_prompt_embeds", positive, shape)
+        _check_embeds("negative_pooled_prompt_embeds", negative, shape)
+        return torch.cat([positive, negative])
 
     def _time_ids(self, height: int, width: int) -> torch.Tensor:
         """SDXL's size conditioning, [6]: original size, crop corner, target size, in pixels."""
@@ -381,6 +393,13 @@ class Pipeline:
         return jpeg_preview(
             ((rgb.clip(-1.0, 1.0) + 1.0) * 127.5).astype(np.uint8),
             max_side=max(latent.shape[:2]) * self._config.checkpoint.vae_scale_factor,
+        )
+
+
+def _check_embeds(name: str, embeds: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(embeds.shape) != shape or not embeds.isfinite().all():
+        raise InvalidRequest(
+            f"{name} has shape {list(embeds.shape)}, needs {list(shape)} and finite values"
         )
 
 

@@ -236,6 +236,42 @@ def test_embeddings_instead_of_prompts(open_pipeline, demo_stages):
     assert torch.equal(given.latents, plain.latents)
 
 
+def test_embeddings_of_another_checkpoint_are_refused(open_pipeline):
+    pipeline = open_pipeline()
+    good = pipeline.submit(prompt=RED, seed=1, steps=20, **SMALL)
+    embeds = np.zeros((1, 77, 768), np.float32)
+    with pytest.raises(InvalidRequest, match=r"shape \[1, 77, 768\], needs \[1, 77, 128\]"):
+        pipeline.generate(prompt_embeds=embeds, negative_prompt_embeds=embeds, **SMALL)
+    assert good.result(timeout=30).images is not None
+
+
+def test_prompts_whose_common_length_explodes_are_refused(open_pipeline):
+    pipeline = open_pipeline()
+    long, longer = "red " * (75 * 6 + 1), "red " * (75 * 10 + 1)  # 7 and 11 chunks
+    with pytest.raises(InvalidRequest, match="539 and 847 tokens make 5929, allowed 1232"):
+        pipeline.generate(prompt=long, negative_prompt=longer, steps=2, **SMALL)
+    pipeline.generate(prompt=long, negative_prompt=long, steps=1, **SMALL)
+
+
+def test_a_job_that_does_not_fit_spares_the_others(open_pipeline, monkeypatch):
+    from fullpipe.slots import Group
+
+    put = Group.put
+
+    def put_or_fail(group, job, image):
+        if job.id == "unfit":
+            raise RuntimeError("out of memory")
+        put(group, job, image)
+
+    monkeypatch.setattr(Group, "put", put_or_fail)
+    pipeline = open_pipeline()
+    good = pipeline.submit(prompt=RED, seed=1, steps=20, **SMALL)
+    for width in (128, 192):
+        with pytest.raises(PipelineError, match="the denoising step failed"):
+            pipeline.generate(prompt=RED, job_id="unfit", width=width, height=128)
+    assert good.result(timeout=30).images is not None
+
+
 def test_progress_and_preview(open_pipeline):
     pipeline = open_pipeline()
     picture = pipeline.submit(prompt=RED, seed=7, steps=12, job_id="watched", **SMALL)
