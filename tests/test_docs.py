@@ -19,7 +19,7 @@ from fullpipe.cli import _parser
 from fullpipe.config import Defaults, Limits, LoopSettings
 from fullpipe.errors import InvalidRequest
 from fullpipe.local import as_tensors
-from fullpipe.samplers import SAMPLERS
+from fullpipe.samplers import SAMPLERS, UNSUPPORTED
 from fullpipe.schedulers import SCHEDULERS
 from fullpipe.serve import curl_line
 
@@ -198,7 +198,12 @@ def test_tables_are_the_contract(documented, tensors):
 def parse(**values):
     """What the loop makes of a request to the demo pipeline."""
     return contract.parse(
-        as_tensors(values), Defaults(256, 256), Limits(), tuple(SAMPLERS), SCHEDULERS
+        as_tensors(values),
+        Defaults(256, 256),
+        Limits(),
+        tuple(SAMPLERS),
+        SCHEDULERS,
+        UNSUPPORTED,
     )
 
 
