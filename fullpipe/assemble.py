@@ -158,14 +158,19 @@ def read_json(path: Path) -> dict:
 def fit_latent_rgb(vae: Path, scaling_factor: float) -> list[list[float]]:
     """Fit the map from latents to colour by which previews are drawn.
 
-    Smooth random pictures are encoded, and colour is fitted to the latents by least squares.
+    Random pictures, smooth and of flat patches, are encoded, and colour is fitted to the latents by
+    least squares.
 
     Returns:
         [latent channels + 1][3], the last row is the offset; colours in -1 … 1.
     """
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(12, 3, 8, 8, generator=generator)
-    pictures = torch.nn.functional.interpolate(coarse, size=(128, 128), mode="bilinear")
+    smooth = torch.nn.functional.interpolate(
+        torch.rand(8, 3, 8, 8, generator=generator), size=(128, 128), mode="bilinear"
+    )
+    patches = torch.rand(24, 3, 2, 2, generator=generator) * 1.6 - 0.3
+    flat = torch.nn.functional.interpolate(patches.clamp(0, 1), size=(128, 128))
+    pictures = torch.cat([smooth, flat])
     pixels = (pictures * 255).to(torch.uint8).permute(0, 2, 3, 1)
     latents = VaeEncoder(vae).encode(pixels) * scaling_factor
     colours = torch.nn.functional.interpolate(pictures, size=latents.shape[2:], mode="area") * 2 - 1
