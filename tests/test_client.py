@@ -115,6 +115,7 @@ class TestBuildInputs:
             Limits(),
             ("euler",),
             ("normal",),
+            {},
         )
         assert isinstance(request, contract.Request)
         assert {name: getattr(request, name) for name in values} == values
