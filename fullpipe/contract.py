@@ -302,7 +302,9 @@ class _Fields:
     def number(self, name: str, default: float, low: float, high: float) -> float:
         if name not in self.given:
             return default
-        value = float(self._scalar(name))
+        # The shortest decimal of an fp32 is what its sender wrote: 0.8, not 0.800000012, of which
+        # int(steps / denoise) would make a step less than ComfyUI does.
+        value = float(str(self._scalar(name)))
         if not (math.isfinite(value) and low <= value <= high):
             raise InvalidRequest(f"{name}={value:g} is out of range, allowed {low:g} … {high:g}")
         return value

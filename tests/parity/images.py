@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,27 @@ CASES = [
     Case("inpainting", "sdxl", "dpmpp_2m_sde", "exponential", denoise=0.6,
          has_start=True, has_mask=True),
 ]  # fmt: skip
+
+BY_NAME = {(case.kind, case.name): case for case in CASES}
+# A case, and what must not be done to it: each shows that equality is no accident.
+SPOILED = {
+    "weights ignored": (
+        BY_NAME["sd15", "plain"],
+        {"prompt": SUBJECT.replace(":1.3", ":1").replace(":0.6", ":1")},
+    ),
+    "negative prompt ignored": (BY_NAME["sd15", "weights and negative"], {"negative_prompt": ""}),
+    "prompt cut": (BY_NAME["sd15", "199 tokens"], {"prompt": SUBJECT}),
+    "clip skip ignored": (BY_NAME["sd15", "clip skip -2"], {"clip_skip": None}),
+    "mask ignored": (BY_NAME["sd15", "inpainting"], {"has_mask": False}),
+    "SDXL: clip skip ignored": (BY_NAME["sdxl", "clip skip -1, wide"], {"clip_skip": None}),
+    "SDXL: negative prompt ignored": (BY_NAME["sdxl", "long negative"], {"negative_prompt": ""}),
+}
+
+
+def spoiled(name: str) -> Case:
+    """The request of `SPOILED[name]` as a server would see it that ignored something."""
+    case, change = SPOILED[name]
+    return replace(case, **change)
 
 
 @dataclass(frozen=True)
