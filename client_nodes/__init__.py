@@ -14,8 +14,23 @@ class TritonExtension(ComfyExtension):
         """All nodes of the pack."""
         from .node_pipeline import TritonFullPipeline
         from .node_server import TritonServer
+        from .node_stages import (
+            TritonCLIPTextEncode,
+            TritonKSampler,
+            TritonRemoteUNet,
+            TritonVAEDecode,
+            TritonVAEEncode,
+        )
 
-        return [TritonFullPipeline, TritonServer]
+        return [
+            TritonFullPipeline,
+            TritonServer,
+            TritonCLIPTextEncode,
+            TritonKSampler,
+            TritonVAEDecode,
+            TritonVAEEncode,
+            TritonRemoteUNet,
+        ]
 
 
 async def comfy_entrypoint() -> TritonExtension:
