@@ -226,7 +226,7 @@ def _write_stages(
         version = _write_model(folder, _template_config(template, names[stage]))
         # ComfyUI computes embeddings in fp32 on every device, and they cost next to nothing.
         dtype = "float32" if stage == "text_encoder" else config.loop.dtype
-        StageConfig(stage, config.loop.device, dtype, threads).save(version / "stage.json")
+        StageConfig(stage, config.loop.devices[0], dtype, threads).save(version / "stage.json")
         for part in parts:
             if (checkpoint / part).is_dir():
                 _link_folder(checkpoint / part, version / part)

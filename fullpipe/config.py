@@ -48,7 +48,8 @@ class LoopSettings:
     """How the denoising loop runs.
 
     Attributes:
-        device: torch device of the slots and of an in-process UNet.
+        device: torch device of the slots and of an in-process UNet; several, separated by commas,
+            each get a loop and a UNet of their own, and share one queue.
         dtype: torch dtype name of the UNet's weights.
         unet: "loop" keeps the UNet in the loop's process, "bls" calls the Triton model `unet`.
         max_rows: UNet batch rows of one tick at the native size; larger sizes get fewer.
@@ -62,6 +63,11 @@ class LoopSettings:
     max_rows: int = 16
     slots: int = 32
     torch_threads: int = 0
+
+    @property
+    def devices(self) -> list[str]:
+        """Every torch device that a loop runs on; the stages are on the first."""
+        return [name.strip() for name in self.device.split(",")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from fullpipe.progress import ProgressBoard
 from fullpipe.samplers import REGISTERS, SAMPLERS, UNSUPPORTED, Table, build_table
 from fullpipe.schedulers import SCHEDULERS, ModelSampling, calculate_sigmas
 from fullpipe.text import repeat_to_same_length
+from fullpipe.waiting_line import WaitingLine
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,17 @@ class Stages(Protocol):
 class Pipeline:
     """Takes requests from any thread and answers each exactly once."""
 
-    def __init__(self, config: PipelineConfig, unet: Engine, stages: Stages, observer: Observer):
+    def __init__(
+        self,
+        config: PipelineConfig,
+        unets: Sequence[Engine],
+        stages: Stages,
+        observer: Observer,
+    ):
+        """
+        Args:
+            unets: one for each of `config.loop.devices`; each gets a loop of its own.
+        """
         self._config = config
         self._stages = stages
         self._observer = observer
@@ -84,16 +95,23 @@ class Pipeline:
         self._table = functools.lru_cache(maxsize=256)(self._make_table)
         self._progress = ProgressBoard(self._jobs.get, self._preview)
         scale = config.checkpoint.vae_scale_factor
-        self._loop = Loop(
-            unet,
-            self._sampling,
-            config.loop,
-            native_pixels=config.defaults.height * config.defaults.width // scale**2,
-            observer=observer,
-            finished=lambda job: self._hand(self._finishing, self._finish, job),
-            stepped=lambda job: self._progress.tell(),
-        )
-        self._loop.start()
+        self._line = WaitingLine()
+        self._loops = [
+            Loop(
+                unet,
+                torch.device(device),
+                self._line,
+                self._sampling,
+                config.loop,
+                native_pixels=config.defaults.height * config.defaults.width // scale**2,
+                observer=observer,
+                finished=lambda job: self._hand(self._finishing, self._finish, job),
+                stepped=lambda job: self._progress.tell(),
+            )
+            for device, unet in zip(config.loop.devices, unets, strict=True)
+        ]
+        for loop in self._loops:
+            loop.start()
 
     def call(self, inputs: Mapping[str, np.ndarray], reply: Reply) -> None:
         """Take one call of the loop model: a picture, `op=progress` or `op=cancel`.
@@ -125,7 +143,9 @@ class Pipeline:
         with self._guard:
             self._is_closing = True
         self._preparing.shutdown(cancel_futures=False)
-        self._loop.close()
+        self._line.close()
+        for loop in self._loops:
+            loop.join()
         self._finishing.shutdown(cancel_futures=False)
         self._progress.close()
 
@@ -148,7 +168,7 @@ class Pipeline:
         if job is None:
             return {"job_id": order.job_id, "state": "unknown"}
         job.cancel(Cancelled(f"job {order.job_id} was cancelled"))
-        self._loop.nudge()
+        self._line.nudge()
         return {"job_id": order.job_id, "state": "cancelled"}
 
     def _hand(self, pool: ThreadPoolExecutor, stage: Callable[[Job], None], job: Job) -> None:
@@ -196,7 +216,8 @@ class Pipeline:
         job.steps = job.work.table.steps
         if job.error is not None:
             raise job.error
-        self._loop.add(job)
+        job.latents = [None] * len(job.work.start)
+        self._line.add(job)
 
     def _start_latents(self, job: Job) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Start latents [N, 4, h, w] in loop units and mask [N, 1, h, w] of a request."""
@@ -294,7 +315,7 @@ class Pipeline:
                     tuple(noise.shape),
                     float(sigmas[sigmas > 0].min()),
                     float(sigmas.max()),
-                    device=self._config.loop.device,
+                    device=self._config.loop.devices[0],
                 )
         is_guided = not math.isclose(request.cfg, 1.0) or sampler.needs_uncond
         return Work(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fullpipe.engines import Engine
 from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
 
 SMALL = {"width": 128, "height": 128}
@@ -25,7 +26,7 @@ OTHERS = [
 ]
 
 
-class Watched:
+class Watched(Engine):
     """A real engine with a turnstile: records the rows of every call, can wait or raise first."""
 
     def __init__(self, engine):

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from fullpipe.engines import Engine
 from fullpipe.errors import SetupError
 
 
-class TorchUNet:
+class TorchUNet(Engine):
     """A diffusers UNet folder as an `Engine`."""
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):

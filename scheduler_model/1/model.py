@@ -12,6 +12,7 @@ import torch
 
 from fullpipe import triton_adapter as triton
 from fullpipe.config import PipelineConfig
+from fullpipe.engines import Engine
 from fullpipe.errors import SetupError
 from fullpipe.pipeline import Pipeline
 
@@ -34,11 +35,12 @@ class TritonPythonModel:
             config = PipelineConfig.load(folder / "pipeline.json")
             if config.loop.torch_threads:
                 torch.set_num_threads(config.loop.torch_threads)
-            unet = BlsUNet(config) if config.loop.unet == "bls" else load_unet(folder, config)
+            make_unet = BlsUNet if config.loop.unet == "bls" else load_unet
+            unets = [make_unet(folder, config, device) for device in config.loop.devices]
         except SetupError as error:
             raise triton.abort_loading(error) from error
         self._metrics = triton.TritonMetrics(config.name)
-        self._pipeline = Pipeline(config, unet, BlsStages(config), self._metrics)
+        self._pipeline = Pipeline(config, unets, BlsStages(config), self._metrics)
 
     def execute(self, requests):
         """Queue; the answers come later."""
@@ -74,21 +76,19 @@ NO_IMAGES = np.zeros((0, 0, 0, 3), np.uint8)
 EMPTY = {"images": NO_IMAGES, "latents": np.zeros((0, 0, 0, 0), np.float32), "info": ""}
 
 
-def load_unet(folder, config):
+def load_unet(folder, config, device):
     """The UNet of the version folder, in this process."""
     from fullpipe.engines.torch_engine import TorchUNet
 
-    return TorchUNet(
-        folder / "unet", device=config.loop.device, dtype=getattr(torch, config.loop.dtype)
-    )
+    return TorchUNet(folder / "unet", device=device, dtype=getattr(torch, config.loop.dtype))
 
 
-class BlsUNet:
+class BlsUNet(Engine):
     """The Triton model `unet` as an engine: a call per tick."""
 
-    def __init__(self, config):
+    def __init__(self, folder, config, device):
         self._model = config.models.unet
-        self._device = config.loop.device
+        self._device = device
 
     def run(self, tensors):
         """See `fullpipe.engines.Engine`."""
