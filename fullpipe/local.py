@@ -52,13 +52,11 @@ class LocalPipeline:
     @classmethod
     def open(cls, checkpoint: Path, config: PipelineConfig) -> LocalPipeline:
         """All stages of a diffusers folder on `config.loop.device`."""
-        import torch
-
-        from fullpipe.engines.torch_engine import TorchUNet
+        from fullpipe.engines.loading import load_unet, torch_dtype
         from fullpipe.stages import LocalStages
 
-        device, dtype = config.loop.device, getattr(torch, config.loop.dtype)
-        unet = TorchUNet(checkpoint / "unet", device=device, dtype=dtype)
+        device, dtype = config.loop.device, torch_dtype(config.loop.precision)
+        unet = load_unet(checkpoint / "unet", config)
         return cls(config, unet, LocalStages(checkpoint, device=device, dtype=dtype))
 
     def submit(self, **inputs: Any) -> Future:

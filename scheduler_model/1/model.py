@@ -12,6 +12,7 @@ import torch
 
 from fullpipe import triton_adapter as triton
 from fullpipe.config import PipelineConfig
+from fullpipe.engines.loading import load_unet
 from fullpipe.errors import SetupError
 from fullpipe.pipeline import Pipeline
 
@@ -34,7 +35,8 @@ class TritonPythonModel:
             config = PipelineConfig.load(folder / "pipeline.json")
             if config.loop.torch_threads:
                 torch.set_num_threads(config.loop.torch_threads)
-            unet = BlsUNet(config) if config.loop.unet == "bls" else load_unet(folder, config)
+            is_apart = config.loop.unet == "bls"
+            unet = BlsUNet(config) if is_apart else load_unet(folder / "unet", config)
         except SetupError as error:
             raise triton.abort_loading(error) from error
         self._metrics = triton.TritonMetrics(config.name)
@@ -72,15 +74,6 @@ class TritonPythonModel:
 
 NO_IMAGES = np.zeros((0, 0, 0, 3), np.uint8)
 EMPTY = {"images": NO_IMAGES, "latents": np.zeros((0, 0, 0, 0), np.float32), "info": ""}
-
-
-def load_unet(folder, config):
-    """The UNet of the version folder, in this process."""
-    from fullpipe.engines.torch_engine import TorchUNet
-
-    return TorchUNet(
-        folder / "unet", device=config.loop.device, dtype=getattr(torch, config.loop.dtype)
-    )
 
 
 class BlsUNet:
