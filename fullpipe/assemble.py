@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -31,6 +32,7 @@ from fullpipe.config import (
     PipelineConfig,
     StageConfig,
 )
+from fullpipe.engines.loading import build_unet
 from fullpipe.errors import SetupError
 from fullpipe.samplers import SAMPLERS
 from fullpipe.schedulers import SCHEDULERS
@@ -75,12 +77,26 @@ def assemble(
     """
     choices = choices or Choices()
     names = model_names(choices.name)
+    defaults = _defaults(checkpoint)
+    loop = choices.loop
+    if loop.engine in ("compiled", "tensorrt"):
+        loop = dataclasses.replace(
+            loop,
+            sizes=loop.sizes or [[defaults.width, defaults.height]],
+            buckets=loop.buckets or _buckets(loop.max_rows),
+        )
+    limits = choices.limits
+    if loop.engine == "compiled":
+        limits = dataclasses.replace(limits, sizes=loop.sizes)
+    if loop.sizes:
+        largest = max(limits.max_size_px, *(side for size in loop.sizes for side in size))
+        limits = dataclasses.replace(limits, max_size_px=largest)
     config = PipelineConfig(
         name=choices.name,
         checkpoint=read_checkpoint(checkpoint),
-        defaults=_defaults(checkpoint),
-        limits=choices.limits,
-        loop=choices.loop,
+        defaults=defaults,
+        limits=limits,
+        loop=loop,
         models=ModelNames(
             **{field.name: names[field.name] for field in dataclasses.fields(ModelNames)}
         ),
@@ -93,6 +109,9 @@ def assemble(
             _write_stages(folder, checkpoint, config, names, choices.stage_threads)
             _write_ensemble(folder, config, names)
             _write_stream(folder, names)
+            part = names["scheduler_model" if loop.unet == "loop" else "unet"]
+            rebuild = _command(checkpoint, out, config)
+            build_unet(folder / part / "1" / "unet", config, rebuild, report)
             written = {model.name for model in folder.iterdir()}
             for model in sorted(folder.iterdir()):
                 report(model.name)
@@ -191,6 +210,32 @@ def _digest(weights: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _buckets(max_rows: int) -> list[int]:
+    """Powers of two up to `max_rows`, and that itself."""
+    powers = [1 << power for power in range(max_rows.bit_length()) if 1 << power < max_rows]
+    return [*powers, max_rows]
+
+
+def _command(checkpoint: Path, out: Path, config: PipelineConfig) -> str:
+    """The command line that assembles this pipeline, for messages about its engine."""
+    loop, limits = config.loop, config.limits
+    options = {
+        "name": config.name,
+        "out": str(out),
+        "device": loop.device,
+        "engine": loop.engine,
+        "precision": loop.precision,
+        "sizes": ",".join(f"{width}x{height}" for width, height in loop.sizes),
+        "unet": loop.unet,
+        "max-size": str(limits.max_size_px),
+        "max-batch": str(limits.max_batch_size),
+        "max-rows": str(loop.max_rows),
+    }
+    words = ["fullpipe", "assemble", str(checkpoint)]
+    words += [word for name, value in options.items() if value for word in (f"--{name}", value)]
+    return shlex.join(words)
+
+
 def _defaults(checkpoint: Path) -> Defaults:
     unet = read_json(checkpoint / "unet" / "config.json")
     vae = read_json(checkpoint / "vae" / "config.json")
@@ -225,11 +270,14 @@ def _write_stages(
         template = source_root() / "model_repository" / stage / "config.pbtxt"
         version = _write_model(folder, _template_config(template, names[stage]))
         # ComfyUI computes embeddings in fp32 on every device, and they cost next to nothing.
-        dtype = "float32" if stage == "text_encoder" else config.loop.dtype
-        StageConfig(stage, config.loop.devices[0], dtype, threads).save(version / "stage.json")
+        precision = "fp32" if stage == "text_encoder" else config.loop.precision
+        settings = StageConfig(stage, config.loop.devices[0], precision, torch_threads=threads)
+        settings.save(version / "stage.json")
         for part in parts:
             if (checkpoint / part).is_dir():
                 _link_folder(checkpoint / part, version / part)
+        if stage == "unet":
+            config.save(version / "pipeline.json")
 
 
 def _write_ensemble(folder: Path, config: PipelineConfig, names: dict[str, str]) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from fullpipe import __version__
 from fullpipe.client import DEFAULT_PIPELINE, DEFAULT_TIMEOUT_S, DEFAULT_URL, Client, Pipeline
-from fullpipe.config import Limits, LoopSettings
+from fullpipe.config import ENGINES, PRECISIONS, Limits, LoopSettings
+from fullpipe.contract import SIZE_MULTIPLE_PX
 from fullpipe.errors import PipelineError, SetupError
 from fullpipe.generate import add_options, generate, read_options
 
@@ -127,7 +128,14 @@ def _add_assemble(commands: argparse._SubParsersAction) -> None:
     add("--name", default=DEFAULT_PIPELINE, help="name of the pipeline on the server")
     add("--out", type=Path, default=REPOSITORY, metavar="DIR", help="the repository's folder")
     add("--device", default=loop.device, help="torch device of the loop and its UNet")
-    add("--dtype", default=loop.dtype, help="torch dtype of the UNet's weights")
+    add("--engine", choices=ENGINES, default=loop.engine, help="what executes the networks")
+    add("--precision", choices=PRECISIONS, default=loop.precision, help="of the networks")
+    add(
+        "--sizes",
+        type=_sizes,
+        metavar="WxH,...",
+        help="picture sizes that the engine is built for; left out: the checkpoint's own",
+    )
     add("--unet", choices=("loop", "bls"), default=loop.unet, help="in the loop, or a model")
     add("--max-size", type=int, default=limits.max_size_px, metavar="PX", help="largest side")
     add("--max-batch", type=int, default=limits.max_batch_size, metavar="N", help="per request")
@@ -195,6 +203,13 @@ def _header(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
+def _sizes(text: str) -> list[list[int]]:
+    sizes = [[int(side) for side in size.split("x")] for size in text.split(",")]
+    if any(len(size) != 2 or any(s <= 0 or s % SIZE_MULTIPLE_PX for s in size) for size in sizes):
+        raise ValueError(text)
+    return sizes
+
+
 def _client(args: argparse.Namespace) -> Client:
     return Client(args.url, args.pipeline, args.timeout, dict(args.header))
 
@@ -249,7 +264,12 @@ def _assemble(args: argparse.Namespace) -> int:
         name=args.name,
         limits=Limits(max_size_px=args.max_size, max_batch_size=args.max_batch),
         loop=LoopSettings(
-            device=args.device, dtype=args.dtype, unet=args.unet, max_rows=args.max_rows
+            device=args.device,
+            engine=args.engine,
+            precision=args.precision,
+            sizes=args.sizes or [],
+            unet=args.unet,
+            max_rows=args.max_rows,
         ),
     )
     assemble(args.checkpoint, args.out, choices, report=print)

@@ -15,15 +15,22 @@ from typing import Any
 
 from fullpipe.errors import SetupError
 
+ENGINES = ("torch", "compiled", "tensorrt", "onnx")
+PRECISIONS = ("fp32", "fp16", "bf16")
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how much work may wait. Sizes are in pixels."""
+    """What one request may ask for, and how much work may wait. Sizes are in pixels.
+
+    `sizes` lists the [width, height] pairs that are served; empty: every size in range.
+    """
 
     max_steps: int = 150
     max_batch_size: int = 8
     min_size_px: int = 64
     max_size_px: int = 512
+    sizes: list[list[int]] = dataclasses.field(default_factory=list)
     max_prompt_chars: int = 8_000
     max_prompt_tokens: int = 16 * 77
     max_image_bytes: int = 16 * 1024 * 1024
@@ -50,7 +57,11 @@ class LoopSettings:
     Attributes:
         device: torch device of the slots and of an in-process UNet; several, separated by commas,
             each get a loop and a UNet of their own, and share one queue.
-        dtype: torch dtype name of the UNet's weights.
+        precision: fp32, fp16 or bf16, of the networks' weights and arithmetic.
+        engine: torch, compiled, tensorrt or onnx: what executes the networks.
+        sizes: [width, height] pairs in pixels that the engine is built for, the native one first;
+            empty for engines that take any size.
+        buckets: UNet batch rows that the engine is built for, ascending; empty for any number.
         unet: "loop" keeps the UNet in the loop's process, "bls" calls the Triton model `unet`.
         max_rows: UNet batch rows of one tick at the native size; larger sizes get fewer.
         slots: images in flight; more of them share the rows of a tick in turn.
@@ -58,7 +69,10 @@ class LoopSettings:
     """
 
     device: str = "cpu"
-    dtype: str = "float32"
+    precision: str = "fp32"
+    engine: str = "torch"
+    sizes: list[list[int]] = dataclasses.field(default_factory=list)
+    buckets: list[int] = dataclasses.field(default_factory=list)
     unet: str = "loop"
     max_rows: int = 16
     slots: int = 32
@@ -140,7 +154,8 @@ class StageConfig:
 
     stage: str
     device: str = "cpu"
-    dtype: str = "float32"
+    precision: str = "fp32"
+    engine: str = "torch"
     torch_threads: int = 0
 
     @classmethod

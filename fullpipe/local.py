@@ -52,13 +52,11 @@ class LocalPipeline:
     @classmethod
     def open(cls, checkpoint: Path, config: PipelineConfig) -> LocalPipeline:
         """All stages of a diffusers folder on `config.loop.devices`."""
-        import torch
-
-        from fullpipe.engines.torch_engine import TorchUNet
+        from fullpipe.engines.loading import load_unet, torch_dtype
         from fullpipe.stages import LocalStages
 
-        devices, dtype = config.loop.devices, getattr(torch, config.loop.dtype)
-        unets = [TorchUNet(checkpoint / "unet", device=device, dtype=dtype) for device in devices]
+        devices, dtype = config.loop.devices, torch_dtype(config.loop.precision)
+        unets = [load_unet(checkpoint / "unet", config, device) for device in devices]
         return cls(config, unets, LocalStages(checkpoint, device=devices[0], dtype=dtype))
 
     def submit(self, **inputs: Any) -> Future:

@@ -34,7 +34,7 @@ class TritonPythonModel:
 
 def text_encoder(folder, config):
     """prompt, negative_prompt, clip_skip → the four tensors of `PromptEncoder.encode`."""
-    dtype = torch_dtype(config)
+    dtype = stage_dtype(config)
     from fullpipe.text import PromptEncoder
 
     embeddings = folder / "embeddings"
@@ -58,10 +58,12 @@ def text_encoder(folder, config):
 
 def unet(folder, config):
     """sample, timestep, encoder_hidden_states[, text_embeds, time_ids] → noise_pred."""
-    dtype = torch_dtype(config)
-    from fullpipe.engines.torch_engine import TorchUNet
+    stage_dtype(config)
+    from fullpipe.config import PipelineConfig
+    from fullpipe.engines.loading import load_unet
 
-    engine = TorchUNet(folder / "unet", device=config.device, dtype=dtype)
+    pipeline = PipelineConfig.load(folder / "pipeline.json")
+    engine = load_unet(folder / "unet", pipeline, config.device)
     return lambda inputs: engine.run(
         {name: from_numpy(value).to(config.device) for name, value in inputs.items()}
     )
@@ -69,7 +71,7 @@ def unet(folder, config):
 
 def vae_decoder(folder, config):
     """latents → images."""
-    dtype = torch_dtype(config)
+    dtype = stage_dtype(config)
     from fullpipe.stages import VaeDecoder
 
     decoder = VaeDecoder(folder / "vae", device=config.device, dtype=dtype)
@@ -78,7 +80,7 @@ def vae_decoder(folder, config):
 
 def vae_encoder(folder, config):
     """images → latents."""
-    dtype = torch_dtype(config)
+    dtype = stage_dtype(config)
     from fullpipe.stages import VaeEncoder
 
     encoder = VaeEncoder(folder / "vae", device=config.device, dtype=dtype)
@@ -104,13 +106,15 @@ STAGES = {
 }
 
 
-def torch_dtype(config):
+def stage_dtype(config):
     """The stage's torch dtype; imports torch, which the picture stage does without."""
     import torch
 
+    from fullpipe.engines.loading import torch_dtype
+
     if config.torch_threads:
         torch.set_num_threads(config.torch_threads)
-    return getattr(torch, config.dtype)
+    return torch_dtype(config.precision)
 
 
 def from_numpy(array):

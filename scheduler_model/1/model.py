@@ -13,6 +13,7 @@ import torch
 from fullpipe import triton_adapter as triton
 from fullpipe.config import PipelineConfig
 from fullpipe.engines import Engine
+from fullpipe.engines.loading import load_unet
 from fullpipe.errors import SetupError
 from fullpipe.pipeline import Pipeline
 
@@ -36,7 +37,7 @@ class TritonPythonModel:
             if config.loop.torch_threads:
                 torch.set_num_threads(config.loop.torch_threads)
             make_unet = BlsUNet if config.loop.unet == "bls" else load_unet
-            unets = [make_unet(folder, config, device) for device in config.loop.devices]
+            unets = [make_unet(folder / "unet", config, name) for name in config.loop.devices]
         except SetupError as error:
             raise triton.abort_loading(error) from error
         self._metrics = triton.TritonMetrics(config.name)
@@ -74,13 +75,6 @@ class TritonPythonModel:
 
 NO_IMAGES = np.zeros((0, 0, 0, 3), np.uint8)
 EMPTY = {"images": NO_IMAGES, "latents": np.zeros((0, 0, 0, 0), np.float32), "info": ""}
-
-
-def load_unet(folder, config, device):
-    """The UNet of the version folder, in this process."""
-    from fullpipe.engines.torch_engine import TorchUNet
-
-    return TorchUNet(folder / "unet", device=device, dtype=getattr(torch, config.loop.dtype))
 
 
 class BlsUNet(Engine):
