@@ -28,6 +28,12 @@ serve: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# Minutes, on a machine with nothing else to do; then bench/README.md with its plots.
+bench: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m bench.perf_analyzer
+	$(BIN)/python -m bench.report
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -7,12 +7,14 @@ import itertools
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fullpipe.assemble import Choices, assemble
 from fullpipe.config import PipelineConfig
+from fullpipe.errors import Unavailable
 from fullpipe.server import ServerConfig, TritonServer
 
 CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
@@ -72,3 +74,25 @@ def load(
         for future in [pool.submit(worker) for _ in range(concurrency)]:
             future.result()
     return time.perf_counter() - started, seconds, results
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """Prometheus metrics, summed over their labels; none where `url` is empty.
+
+    Raises:
+        Unavailable: nobody answers there.
+    """
+    if not url:
+        return {}
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError as error:
+        raise Unavailable(f"no metrics at {url}: {error}") from None
+    sums: dict[str, float] = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            name = name.partition("{")[0]
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return sums

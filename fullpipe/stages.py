@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from fullpipe.engines.onednn import pack
 from fullpipe.errors import SetupError
 from fullpipe.text import PromptEncoder
 
@@ -108,4 +109,4 @@ def load_vae(folder: Path, device: str, dtype: torch.dtype) -> AutoencoderKL:
         raise SetupError(
             f"{folder} holds no readable VAE ({error}); `fullpipe assemble` writes one"
         ) from error
-    return vae.to(device=device, memory_format=torch.channels_last).eval()
+    return pack(vae.to(device=device, memory_format=torch.channels_last).eval())

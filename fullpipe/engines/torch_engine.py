@@ -16,6 +16,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fullpipe.engines import Engine
+from fullpipe.engines.onednn import pack
 from fullpipe.errors import SetupError
 
 
@@ -36,7 +37,7 @@ class TorchUNet(Engine):
             raise SetupError(
                 f"{folder} holds no readable UNet ({error}); `fullpipe assemble` writes one"
             ) from error
-        self._unet = unet.to(device=device, memory_format=torch.channels_last).eval()
+        self._unet = pack(unet.to(device=device, memory_format=torch.channels_last).eval())
         self._dtype = dtype
         self._cores = torch.get_num_threads() if device == "cpu" else 1
         self._threads = ThreadPoolExecutor(
