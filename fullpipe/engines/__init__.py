@@ -6,6 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
+UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
+
+
+def in_order(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """A UNet's inputs in the order of `UNET_INPUTS`, those that there are."""
+    return [tensors[name] for name in UNET_INPUTS if name in tensors]
+
 
 class Engine:
     """One network that can be executed; the base of every engine.
