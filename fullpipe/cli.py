@@ -14,14 +14,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from fullpipe import __version__
+from fullpipe import __version__, assemble_command
+from fullpipe.assemble_command import REPOSITORY
 from fullpipe.client import DEFAULT_PIPELINE, DEFAULT_TIMEOUT_S, DEFAULT_URL, Client, Pipeline
-from fullpipe.config import ENGINES, PRECISIONS, Limits, LoopSettings
-from fullpipe.contract import SIZE_MULTIPLE_PX
 from fullpipe.errors import PipelineError, SetupError
 from fullpipe.generate import add_options, generate, read_options
-
-REPOSITORY = Path("repository")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,31 +112,14 @@ def _add_models(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:
-    limits, loop = Limits(), LoopSettings()
     command = commands.add_parser(
         "assemble",
         help="turn a checkpoint into a Triton model repository",
         description="Write a complete Triton model repository for a checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.set_defaults(run=_assemble)
-    add = command.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder in diffusers' layout")
-    add("--name", default=DEFAULT_PIPELINE, help="name of the pipeline on the server")
-    add("--out", type=Path, default=REPOSITORY, metavar="DIR", help="the repository's folder")
-    add("--device", default=loop.device, help="torch device of the loop and its UNet")
-    add("--engine", choices=ENGINES, default=loop.engine, help="what executes the networks")
-    add("--precision", choices=PRECISIONS, default=loop.precision, help="of the networks")
-    add(
-        "--sizes",
-        type=_sizes,
-        metavar="WxH,...",
-        help="picture sizes that the engine is built for; left out: the checkpoint's own",
-    )
-    add("--unet", choices=("loop", "bls"), default=loop.unet, help="in the loop, or a model")
-    add("--max-size", type=int, default=limits.max_size_px, metavar="PX", help="largest side")
-    add("--max-batch", type=int, default=limits.max_batch_size, metavar="N", help="per request")
-    add("--max-rows", type=int, default=loop.max_rows, metavar="N", help="UNet rows of a tick")
+    command.set_defaults(run=assemble_command.run)
+    assemble_command.add_options(command)
 
 
 def _add_serve(commands: argparse._SubParsersAction) -> None:
@@ -203,13 +183,6 @@ def _header(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def _sizes(text: str) -> list[list[int]]:
-    sizes = [[int(side) for side in size.split("x")] for size in text.split(",")]
-    if any(len(size) != 2 or any(s <= 0 or s % SIZE_MULTIPLE_PX for s in size) for size in sizes):
-        raise ValueError(text)
-    return sizes
-
-
 def _client(args: argparse.Namespace) -> Client:
     return Client(args.url, args.pipeline, args.timeout, dict(args.header))
 
@@ -255,26 +228,6 @@ def _describe(pipeline: Pipeline) -> str:
 
 def _listed(names: Sequence[str], default: str) -> str:
     return ", ".join(f"{name} (default)" if name == default else name for name in names)
-
-
-def _assemble(args: argparse.Namespace) -> int:
-    from fullpipe.assemble import Choices, assemble
-
-    choices = Choices(
-        name=args.name,
-        limits=Limits(max_size_px=args.max_size, max_batch_size=args.max_batch),
-        loop=LoopSettings(
-            device=args.device,
-            engine=args.engine,
-            precision=args.precision,
-            sizes=args.sizes or [],
-            unet=args.unet,
-            max_rows=args.max_rows,
-        ),
-    )
-    assemble(args.checkpoint, args.out, choices, report=print)
-    print(f"serve it with: fullpipe serve {args.out}")
-    return 0
 
 
 def _serve(args: argparse.Namespace) -> int:

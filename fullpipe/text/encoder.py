@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # What ComfyUI's CLIPSetLastLayer node allows.
 CLIP_SKIP_MIN, CLIP_SKIP_MAX = -24, -1
+OPEN_CLIP_H_LAYERS = 24
 
 
 class PromptEncoder:
@@ -47,7 +48,10 @@ class PromptEncoder:
         max_tokens: int = 15_000,
         weights_dtype: torch.dtype | None = torch.float16,
     ) -> PromptEncoder:
-        """Load the text part of a diffusers checkpoint: SD1, or SDXL if it has a text_encoder_2.
+        """Load the text part of a diffusers checkpoint: SD1, SD2, or SDXL with a text_encoder_2.
+
+        SD2's encoder is OpenCLIP-H, told from CLIP-L by its activation. ComfyUI reads its layer
+        -2 of 24, with the final norm, and pads with 0; diffusers' folders leave layer 24 out.
 
         Args:
             folder: holds tokenizer, text_encoder and, for SDXL, text_encoder_2. SDXL's tokenizer_2
@@ -82,15 +86,17 @@ class PromptEncoder:
                     f"{folder / 'tokenizer'} has {tokenizer.size} tokens, {name} beside it "
                     f"{model.config.vocab_size}: copy both from one checkpoint"
                 )
+            is_sd2 = not is_sdxl and model.config.hidden_act == "gelu"
             return ChunkEncoder(
                 model,
-                embedding_key=key,
+                embedding_key="clip_h" if is_sd2 else key,
                 start=tokenizer.start,
                 end=tokenizer.end,
-                pad=pad,
-                default_skip=-2 if is_sdxl else None,
+                pad=0 if is_sd2 else pad,
+                default_skip=-2 if is_sdxl or is_sd2 else None,
                 is_hidden_normed=not is_sdxl,
                 has_pooled=has_pooled,
+                layers=OPEN_CLIP_H_LAYERS if is_sd2 else model.config.num_hidden_layers,
             )
 
         encoders = [load("text_encoder", key="clip_l", pad=tokenizer.end, has_pooled=not is_sdxl)]
