@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 PREPARING_THREADS = 4
 FINISHING_THREADS = 4
+REMEMBERED_JOBS = 4096
 
 NO_STEPS = Table(
     sigmas=np.zeros(0),
@@ -88,6 +89,7 @@ class Pipeline:
         self._sampling = ModelSampling.from_scheduler_config(config.checkpoint.scheduler)
         self._latent_rgb = np.asarray(config.checkpoint.latent_rgb, dtype=np.float32)
         self._jobs: dict[str, Job] = {}
+        self._ended: dict[str, str] = {}  # the newest ones: job id -> OK or the error's code
         self._guard = threading.Lock()
         self._is_closing = False
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
@@ -166,7 +168,10 @@ class Pipeline:
     def _cancel(self, order: CancelOrder) -> dict:
         job = self._jobs.get(order.job_id)
         if job is None:
-            return {"job_id": order.job_id, "state": "unknown"}
+            # Whoever lost the answer of a job must know whether it was made before asking again.
+            outcome = self._ended.get(order.job_id)
+            known = {"outcome": outcome} if outcome else {}
+            return {"job_id": order.job_id, "state": "unknown", **known}
         job.cancel(Cancelled(f"job {order.job_id} was cancelled"))
         self._line.nudge()
         return {"job_id": order.job_id, "state": "cancelled"}
@@ -187,10 +192,13 @@ class Pipeline:
             self._close_job(job, Unavailable("the server is shutting down; try again"))
 
     def _close_job(self, job: Job, outcome: Result | PipelineError) -> None:
+        code = outcome.code if isinstance(outcome, PipelineError) else "OK"
         with self._guard:
             self._jobs.pop(job.id, None)
-        is_error = isinstance(outcome, PipelineError)
-        self._observer.outcome(outcome.code if is_error else "OK")  # type: ignore[union-attr]
+            self._ended[job.id] = code
+            if len(self._ended) > REMEMBERED_JOBS:
+                del self._ended[next(iter(self._ended))]
+        self._observer.outcome(code)
         self._observer.waiting(len(self._jobs), -1, -1)
         for name, milliseconds in job.stage_ms.items():
             self._observer.stage(name, milliseconds)

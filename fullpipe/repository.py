@@ -121,6 +121,17 @@ def _write_ensemble(folder: Path, config: PipelineConfig, names: dict[str, str])
         "version": __version__,
         "stream": names["full_pipeline_stream"],
         "scheduler_model": names["scheduler_model"],
+        "models": {
+            part: names[part]
+            for part in _STAGE_FOLDERS
+            if part != "unet" or config.loop.unet == "bls"
+        },
+        # What a client needs to know of the networks to run its own loop over them.
+        "network": {
+            key: value
+            for key, value in dataclasses.asdict(config.checkpoint).items()
+            if key not in ("digest", "latent_rgb")
+        },
     }
     model.parameters[PARAMETER].string_value = json.dumps(facts)
     _write_model(folder, model)

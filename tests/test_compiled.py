@@ -104,12 +104,12 @@ def test_broken_packages_are_refused_in_one_line(folder, tmp_path):
     broken = tmp_path / "unet"
     shutil.copytree(folder, broken)
     (broken / NAME).write_bytes((folder / NAME).read_bytes()[:5000])
-    with pytest.raises(SetupError, match="8x8-77-2.pt2 is no compiled package") as caught:
+    with pytest.raises(SetupError, match=r"8x8-77-2\.pt2 is no compiled package") as caught:
         CompiledUNet.load(broken, SETTINGS)
     assert "\n" not in str(caught.value)
     (broken / NAME).unlink()
-    with pytest.raises(SetupError, match="lacks 8x8-77-2.pt2; assemble it again"):
+    with pytest.raises(SetupError, match=r"lacks 8x8-77-2\.pt2; assemble it again"):
         CompiledUNet.load(broken, SETTINGS)
     more = dataclasses.replace(SETTINGS, buckets=[2, 4])
-    with pytest.raises(SetupError, match="lacks 8x8-77-4.pt2"):
+    with pytest.raises(SetupError, match=r"lacks 8x8-77-4\.pt2"):
         CompiledUNet.load(folder, more)

@@ -35,9 +35,19 @@ class ComfyServer:
         base: its folder; put checkpoints into `checkpoints` and pictures into `base / "input"`.
     """
 
-    def __init__(self, base: Path):
+    def __init__(
+        self,
+        base: Path,
+        custom_nodes: Mapping[str, Path] | None = None,
+        environment: Mapping[str, str] | None = None,
+        front_end: Path | None = None,
+    ):
         """Make the folders; downloads what is missing into the user's cache.
 
+        Args:
+            custom_nodes: node packs to load, name to folder; without it none is loaded.
+            environment: variables of the process, beside this one's.
+            front_end: folder of the web page; without it there is none.
         Raises:
             subprocess.CalledProcessError: pip could not download; its output is in the error.
         """
@@ -46,6 +56,14 @@ class ComfyServer:
         for folder in (self.checkpoints, base / "input", base / "web"):
             folder.mkdir(parents=True, exist_ok=True)
         (base / "web" / "index.html").touch()
+        self._front_end = front_end or base / "web"
+        self._environment = dict(environment or {})
+        self._has_nodes = custom_nodes is not None
+        for name, folder in (custom_nodes or {}).items():
+            link = base / "custom_nodes" / name
+            link.parent.mkdir(exist_ok=True)
+            if not link.exists():
+                link.symlink_to(folder)
         self._comfyui = install()
         self._packages = _install_server_packages(self._comfyui.extra_packages.parent)
         self._port = choose_ports("127.0.0.1", {"port": 0})["port"]
@@ -55,14 +73,20 @@ class ComfyServer:
         comfyui = self._comfyui
         command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1"]
         command += ["--port", str(self._port), "--base-directory", str(self.base)]
-        command += ["--front-end-root", str(self.base / "web"), "--disable-api-nodes"]
-        command += ["--disable-all-custom-nodes", "--database-url", "sqlite:///:memory:"]
+        command += ["--front-end-root", str(self._front_end), "--disable-api-nodes"]
+        command += ["--database-url", "sqlite:///:memory:"]
+        if not self._has_nodes:
+            command.append("--disable-all-custom-nodes")
         path = [comfyui.torchvision_stub, comfyui.extra_packages, self._packages]
         with (self.base / "log.txt").open("w") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=comfyui.tree,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
+                env={
+                    **os.environ,
+                    **self._environment,
+                    "PYTHONPATH": os.pathsep.join(map(str, path)),
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -95,18 +119,35 @@ class ComfyServer:
         Raises:
             RuntimeError: ComfyUI refused the graph, failed on it, or took too long.
         """
-        prompt_id = self._call("/prompt", {"prompt": graph})["prompt_id"]
-        deadline = time.monotonic() + PROMPT_TIMEOUT_S
-        while not (history := self._call(f"/history/{prompt_id}")):
-            if time.monotonic() > deadline:
-                raise self._failure(f"no picture after {PROMPT_TIMEOUT_S:.0f} s")
-            time.sleep(_POLL_S)
-        outcome = history[prompt_id]
+        outcome = self.finish(self.start(graph))
         if outcome["status"]["status_str"] != "success":
             raise self._failure(json.dumps(outcome["status"]["messages"])[-2000:])
         saved = [image for node in outcome["outputs"].values() for image in node["images"]]
         files = [self.base / "output" / image["subfolder"] / image["filename"] for image in saved]
         return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+
+    def start(self, graph: Mapping[str, Any], client_id: str | None = None) -> str:
+        """Queue a graph in API format; returns its prompt id."""
+        client = {"client_id": client_id} if client_id else {}
+        return self._call("/prompt", {"prompt": graph, **client})["prompt_id"]
+
+    def finish(self, prompt_id: str) -> dict[str, Any]:
+        """Wait for a queued graph, whatever becomes of it; returns its history."""
+        deadline = time.monotonic() + PROMPT_TIMEOUT_S
+        while not (history := self._call(f"/history/{prompt_id}")):
+            if time.monotonic() > deadline:
+                raise self._failure(f"no picture after {PROMPT_TIMEOUT_S:.0f} s")
+            time.sleep(_POLL_S)
+        return history[prompt_id]
+
+    @property
+    def url(self) -> str:
+        """Address of its web page."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def call(self, path: str, document: Any = None) -> Any:
+        """GET a path, or POST a document to it; returns the answer's document, if it has one."""
+        return self._call(path, document)
 
     def _wait_until_started(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -128,7 +169,8 @@ class ComfyServer:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=60) as response:
-                return json.load(response)
+                text = response.read()
+                return json.loads(text) if text else None
         except urllib.error.HTTPError as error:
             raise self._failure(error.read().decode(errors="replace")[:2000]) from None
 
