@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
@@ -46,6 +48,7 @@ class Work:
         mask: [N, 1, h, w] fp32, 1 = repaint, or None.
         noise: draws the sampler's own noise, or None for a deterministic table.
         is_guided: whether rows of the negative half are evaluated.
+        drawing: where the next noise is drawn while the loop runs a tick; None draws it when asked.
     """
 
     embeds: torch.Tensor
@@ -59,6 +62,7 @@ class Work:
     noise: SamplerNoise | None
     cfg: float
     is_guided: bool
+    drawing: Executor | None = None
 
     def __post_init__(self) -> None:
         self._guard = threading.Lock()  # images of one job may sit in different loops
@@ -73,6 +77,13 @@ class Work:
         images of one job may advance in different ticks: draws wait here until `release_noise`.
         """
         assert self.noise is not None
+        self._draw(position)
+        with self._guard:
+            return self._drawn[position][image]
+
+    def _draw(self, position: int) -> None:
+        """Draw up to this row, once; whoever asks meanwhile waits."""
+        assert self.noise is not None
         with self._guard:
             while self._next_draw <= position:
                 interval = self.table.noise[self._next_draw]
@@ -80,15 +91,21 @@ class Work:
                     self._drawn[self._next_draw] = self.noise.draw(interval)
                     self._takers[self._next_draw] = len(self.start)
                 self._next_draw += 1
-            return self._drawn[position][image]
 
     def release_noise(self, position: int) -> None:
-        """One more image is past this row; the draw goes when all are."""
+        """One more image is past this row; the draw goes when all are, and the next is drawn."""
         with self._guard:
             if position in self._takers:
                 self._takers[position] -= 1
                 if not self._takers[position]:
                     del self._takers[position], self._drawn[position]
+        if (
+            self.drawing is not None
+            and self.noise is not None
+            and position + 1 < len(self.table.sigmas)
+        ):
+            with contextlib.suppress(RuntimeError):  # the server is shutting down
+                self.drawing.submit(self._draw, position + 1)
 
 
 class Job:

@@ -94,6 +94,7 @@ class Pipeline:
         self._is_closing = False
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
         self._finishing = ThreadPoolExecutor(FINISHING_THREADS, "finish")
+        self._drawing = ThreadPoolExecutor(1, "noise")
         self._table = functools.lru_cache(maxsize=256)(self._make_table)
         self._progress = ProgressBoard(self._jobs.get, self._preview)
         scale = config.checkpoint.vae_scale_factor
@@ -149,6 +150,7 @@ class Pipeline:
         for loop in self._loops:
             loop.join()
         self._finishing.shutdown(cancel_futures=False)
+        self._drawing.shutdown(cancel_futures=True)
         self._progress.close()
 
     def _submit(self, request: Request, reply: Reply) -> None:
@@ -338,6 +340,7 @@ class Pipeline:
             noise=sampler_noise,
             cfg=request.cfg,
             is_guided=is_guided,
+            drawing=self._drawing if sampler_noise and sampler_noise.is_drawn_on_cpu else None,
         )
 
     def _make_table(
