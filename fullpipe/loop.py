@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 # Groups that nobody is in, kept on a GPU for the sake of their recorded graphs.
 IDLE_GROUPS = 4
+DEVICE_LOST = "the GPU failed; the server has to be restarted"
 # A tick of a fixed number of rows may be this empty before fewer slots take part in it.
 MIN_FILLED = 0.75
 
@@ -78,6 +79,7 @@ class Loop:
         observer: Observer,
         finished: Callable[[Job], None],
         stepped: Callable[[Job], None],
+        lost: Callable[[], None],
     ):
         """
         Args:
@@ -86,6 +88,7 @@ class Loop:
             native_pixels: latent pixels of the native size, to which `max_rows` refers.
             finished: gets each job once, with `latents` complete or `error` set.
             stepped: is told after each step of a job; must return at once.
+            lost: is told when the GPU has failed; this process can't use it any more.
         """
         self._unet = unet
         self._device = device
@@ -97,6 +100,7 @@ class Loop:
         self._observer = observer
         self._finished = finished
         self._stepped = stepped
+        self._lost = lost
         self._groups: dict[Shape, Group] = {}
         self._idle: OrderedDict[Shape, Group] = OrderedDict()
         self._running: _Tick | None = None
@@ -124,6 +128,11 @@ class Loop:
             while self._line.wait(has_work=bool(self._groups or self._running)):
                 try:
                     self._turn()
+                except torch.AcceleratorError:
+                    log.exception("%s failed", self._device)
+                    self._lost()
+                    self._end_all(Unavailable(DEVICE_LOST))
+                    return
                 except Exception:
                     log.exception("the denoising loop failed outside of a tick; its jobs are ended")
                     self._end_all(PipelineError("the denoising loop failed; see the server's log"))
@@ -252,6 +261,8 @@ class Loop:
         started = time.perf_counter()
         try:
             group.tick(slots, self._unet)
+        except torch.AcceleratorError:
+            raise  # nothing runs on that device any more
         except Exception as error:
             return self._isolate(group, slots, error)
         rows = sum(occupant.rows for occupant in sitting)

@@ -26,7 +26,7 @@ from fullpipe.engines import Engine
 from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
 from fullpipe.image import decode_image, decode_mask, jpeg_preview
 from fullpipe.job import Job, Result, Work
-from fullpipe.loop import Loop, Observer
+from fullpipe.loop import DEVICE_LOST, Loop, Observer
 from fullpipe.noise import SamplerNoise, start_noise
 from fullpipe.progress import ProgressBoard
 from fullpipe.samplers import REGISTERS, SAMPLERS, UNSUPPORTED, Table, build_table
@@ -78,10 +78,12 @@ class Pipeline:
         unets: Sequence[Engine],
         stages: Stages,
         observer: Observer,
+        lost: Callable[[], None] = lambda: None,
     ):
         """
         Args:
             unets: one for each of `config.loop.devices`; each gets a loop of its own.
+            lost: is told when a GPU has failed, after which every request gets UNAVAILABLE.
         """
         self._config = config
         self._stages = stages
@@ -92,6 +94,8 @@ class Pipeline:
         self._ended: dict[str, str] = {}  # the newest ones: job id -> OK or the error's code
         self._guard = threading.Lock()
         self._is_closing = False
+        self._is_lost = False
+        self._tell_lost = lost
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
         self._finishing = ThreadPoolExecutor(FINISHING_THREADS, "finish")
         self._drawing = ThreadPoolExecutor(1, "noise")
@@ -110,6 +114,7 @@ class Pipeline:
                 observer=observer,
                 finished=lambda job: self._hand(self._finishing, self._finish, job),
                 stepped=lambda job: self._progress.tell(),
+                lost=self._lose,
             )
             for device, unet in zip(config.loop.devices, unets, strict=True)
         ]
@@ -153,12 +158,19 @@ class Pipeline:
         self._drawing.shutdown(cancel_futures=True)
         self._progress.close()
 
+    def _lose(self) -> None:
+        self._is_lost = True
+        self._line.close()
+        self._tell_lost()
+
     def _submit(self, request: Request, reply: Reply) -> None:
         job = Job(request, self._config.limits.deadline_s, reply)
         allowed = self._config.limits.max_open_jobs
         with self._guard:
             if self._is_closing:
                 raise Unavailable("the server is shutting down; try again")
+            if self._is_lost:
+                raise Unavailable(DEVICE_LOST)
             if len(self._jobs) >= allowed:
                 raise Unavailable(f"{len(self._jobs)} jobs are open, allowed {allowed}; try later")
             if job.id in self._jobs:
