@@ -18,7 +18,8 @@ from typing import Any
 from fullpipe.checkpoints.folder import LAYOUT, read_checkpoint, read_defaults
 from fullpipe.checkpoints.single_file import convert_single_file
 from fullpipe.config import Defaults, Limits, LoopSettings, ModelNames, PipelineConfig
-from fullpipe.engines.loading import build_unet
+from fullpipe.engines import onnx_engine
+from fullpipe.engines.building import build_stages, build_unet
 from fullpipe.errors import SetupError
 from fullpipe.repository import PARAMETER, PLAIN_NAME, model_names, write_models
 from fullpipe.samplers import SAMPLERS
@@ -87,6 +88,7 @@ def assemble(
             part = names["scheduler_model" if config.loop.unet == "loop" else "unet"]
             rebuild = command_line(checkpoint, out, config)
             build_unet(models / part / "1" / "unet", config, rebuild, report)
+            build_stages(models, config, rebuild, report)
             written = sorted(model.name for model in models.iterdir())
             _install(models, out, Path(work) / "replaced", list(names.values()))
             for name in written:
@@ -126,6 +128,9 @@ def _config(folder: Path, choices: Choices, progress: Progress) -> PipelineConfi
             sizes=loop.sizes or [[defaults.width, defaults.height]],
             buckets=loop.buckets or _buckets(loop.max_rows),
         )
+    if loop.engine == "onnx" and loop.precision not in onnx_engine.PRECISIONS:
+        allowed = ", ".join(onnx_engine.PRECISIONS)
+        raise SetupError(f"precision={loop.precision} with engine=onnx, allowed: {allowed}")
     sides = [native_px, *(side for size in loop.sizes for side in size)]
     largest = limits.max_size_px or max(Limits().max_size_px, native_px * 3 // 2)
     limits = dataclasses.replace(limits, max_size_px=max(largest, *sides))

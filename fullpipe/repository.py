@@ -33,6 +33,7 @@ _STAGE_FOLDERS = {
     "vae_encoder": ("vae",),
     "image_encoder": (),
 }
+_ENGINES_OF_STAGES = ("onnx", "tensorrt")
 
 
 def write_models(folder: Path, checkpoint: Path, config: PipelineConfig, threads: int) -> None:
@@ -86,12 +87,13 @@ def _write_stages(
         version = _write_model(folder, _template_config(template, names[stage]))
         # ComfyUI computes embeddings in fp32 on every device, and they cost next to nothing.
         precision = "fp32" if stage == "text_encoder" else config.loop.precision
-        settings = StageConfig(stage, config.loop.devices[0], precision, torch_threads=threads)
+        engine = config.loop.engine if config.loop.engine in _ENGINES_OF_STAGES else "torch"
+        settings = StageConfig(stage, config.loop.devices[0], precision, engine, threads)
         settings.save(version / "stage.json")
         for part in parts:
             if (checkpoint / part).is_dir():
                 link_part(checkpoint, part, version / part)
-        if stage == "unet":
+        if stage == "unet" or engine != "torch":
             config.save(version / "pipeline.json")
 
 
