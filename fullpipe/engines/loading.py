@@ -53,7 +53,13 @@ def load_unet(folder: Path, config: PipelineConfig, device: str) -> Engine:
             from fullpipe.engines.compiled_engine import CompiledUNet
 
             return CompiledUNet.load(folder, settings)
-        return NetworkUNet(_network(folder, "unet", config, device))
+        network = _network(folder, "unet", config, device)
+        if settings.engine == "onnx":
+            return NetworkUNet(network)
+        from fullpipe.engines.tensorrt_engine import TensorRtNetwork, TensorRtUNet
+
+        assert isinstance(network, TensorRtNetwork)
+        return TensorRtUNet(network, config)
 
 
 def load_vae_decoder(folder: Path, config: PipelineConfig, device: str) -> NetworkVaeDecoder:
@@ -109,7 +115,7 @@ def engine_key(config: PipelineConfig) -> Key:
     elif settings.engine == "tensorrt":
         from fullpipe.engines.tensorrt_library import library
 
-        gpu = gpu_architecture(settings.devices[0])
+        gpu = "any" if library().is_rtx else gpu_architecture(settings.devices[0])
         libraries = library().versions
     return Key(
         engine=settings.engine,

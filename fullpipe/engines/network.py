@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from fullpipe.engines import Engine
 from fullpipe.text.clip import ClipTextModel
 
 
@@ -26,8 +27,8 @@ class Network(Protocol):
         ...
 
 
-class NetworkUNet:
-    """A UNet file as a `fullpipe.engines.Engine`."""
+class NetworkUNet(Engine):
+    """A UNet file as an engine."""
 
     def __init__(self, network: Network):
         self._network = network

@@ -10,13 +10,13 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fullpipe.errors import SetupError
-from fullpipe.stages import load_vae
 from fullpipe.text.clip import ClipTextModel
 
 OPSET = 18
@@ -109,12 +109,7 @@ def export_unet(folder: Path, path: Path, dtype: torch.dtype) -> None:
     Raises:
         SetupError: the folder is broken, or the packages of the extra `onnx` are missing.
     """
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
-        ).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise SetupError(f"{folder} holds no readable UNet ({error})") from error
+    unet = _load(UNet2DConditionModel, folder, dtype)
     config = unet.config
     inputs = {
         "sample": torch.randn(2, config["in_channels"], *_LATENT_SIDES),
@@ -137,7 +132,7 @@ def export_unet(folder: Path, path: Path, dtype: torch.dtype) -> None:
 
 def export_vae_decoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
     """Write the decoder of a diffusers `vae` folder as ONNX: latents → images."""
-    vae = load_vae(folder, "cpu", dtype)
+    vae = _load(AutoencoderKL, folder, dtype)
     inputs = {"latents": torch.randn(2, vae.config["latent_channels"], 9, 7)}
     open_dims = {"latents": {0: "rows", 2: "height", 3: "width"}}
     outputs = {"images": {0: "rows", 1: "image_height", 2: "image_width"}}
@@ -146,7 +141,7 @@ def export_vae_decoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
 
 def export_vae_encoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
     """Write the encoder of a diffusers `vae` folder as ONNX: images → latents."""
-    vae = load_vae(folder, "cpu", dtype)
+    vae = _load(AutoencoderKL, folder, dtype)
     scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
     inputs = {"images": torch.randint(0, 256, (2, 9 * scale, 7 * scale, 3), dtype=torch.uint8)}
     open_dims = {"images": {0: "rows", 1: "image_height", 2: "image_width"}}
@@ -161,6 +156,15 @@ def export_clip(model: ClipTextModel, path: Path) -> None:
     outputs = {"last_hidden_state": {0: "rows"}, "hidden_states": {1: "rows"}}
     inputs = {"inputs_embeds": torch.randn(shape)}
     _export(_Clip(model), inputs, {"inputs_embeds": {0: "rows"}}, outputs, path)
+
+
+def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        return kind.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise SetupError(f"{folder} holds no readable {kind.__name__} ({error})") from error
 
 
 def _export(
