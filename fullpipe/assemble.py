@@ -18,9 +18,11 @@ from typing import Any
 from fullpipe.checkpoints.folder import LAYOUT, read_checkpoint, read_defaults
 from fullpipe.checkpoints.single_file import convert_single_file
 from fullpipe.config import Defaults, Limits, LoopSettings, ModelNames, PipelineConfig
-from fullpipe.engines.loading import build_unet
+from fullpipe.engines import onnx_engine, tensorrt_build
+from fullpipe.engines.building import build_stages, build_unet
+from fullpipe.engines.tensorrt_library import library
 from fullpipe.errors import SetupError
-from fullpipe.repository import PARAMETER, PLAIN_NAME, model_names, write_models
+from fullpipe.repository import PARAMETER, PLAIN_NAME, model_names, use_native_plans, write_models
 from fullpipe.samplers import SAMPLERS
 from fullpipe.schedulers import SCHEDULERS
 
@@ -87,6 +89,9 @@ def assemble(
             part = names["scheduler_model" if config.loop.unet == "loop" else "unet"]
             rebuild = command_line(checkpoint, out, config)
             build_unet(models / part / "1" / "unet", config, rebuild, report)
+            build_stages(models, config, rebuild, report)
+            if config.loop.unet == "plan":
+                use_native_plans(models, config)
             written = sorted(model.name for model in models.iterdir())
             _install(models, out, Path(work) / "replaced", list(names.values()))
             for name in written:
@@ -126,11 +131,20 @@ def _config(folder: Path, choices: Choices, progress: Progress) -> PipelineConfi
             sizes=loop.sizes or [[defaults.width, defaults.height]],
             buckets=loop.buckets or _buckets(loop.max_rows),
         )
+    _check_engine(loop)
     sides = [native_px, *(side for size in loop.sizes for side in size)]
     largest = limits.max_size_px or max(Limits().max_size_px, native_px * 3 // 2)
     limits = dataclasses.replace(limits, max_size_px=max(largest, *sides))
     if loop.engine == "compiled":
         limits = dataclasses.replace(limits, sizes=loop.sizes)
+    if loop.engine == "tensorrt":
+        sides = [side for size in loop.sizes for side in size]
+        limits = dataclasses.replace(
+            limits,
+            min_size_px=min(sides),
+            max_size_px=max(sides),
+            max_prompt_tokens=min(limits.max_prompt_tokens, tensorrt_build.MAX_TOKENS),
+        )
     names = model_names(choices.name)
     parts = {field.name: names[field.name] for field in dataclasses.fields(ModelNames)}
     return PipelineConfig(
@@ -141,6 +155,22 @@ def _config(folder: Path, choices: Choices, progress: Progress) -> PipelineConfi
         loop=loop,
         models=ModelNames(**parts),
     )
+
+
+def _check_engine(loop: LoopSettings) -> None:
+    """Refuse choices that cannot go together, before anything is built."""
+    if loop.engine == "onnx" and loop.precision not in onnx_engine.PRECISIONS:
+        allowed = ", ".join(onnx_engine.PRECISIONS)
+        raise SetupError(f"precision={loop.precision} with engine=onnx, allowed: {allowed}")
+    if loop.engine == "tensorrt":
+        found = library()
+        if loop.unet == "plan" and found.is_rtx:
+            raise SetupError(
+                "unet=plan needs the full TensorRT of NVIDIA's container, where Triton reads its"
+                f" plans; found {found.name} {found.module.__version__}"
+            )
+    elif loop.unet == "plan":
+        raise SetupError(f"unet=plan needs engine=tensorrt, got engine={loop.engine}")
 
 
 def _with_choices(defaults: Defaults, chosen: Mapping[str, Any]) -> Defaults:

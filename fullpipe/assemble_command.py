@@ -28,7 +28,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="WxH,...",
         help="picture sizes that the engine is built for; left out: the checkpoint's own",
     )
-    add("--unet", choices=("loop", "bls"), default=loop.unet, help="in the loop, or a model")
+    add(
+        "--unet",
+        choices=("loop", "bls", "plan"),
+        default=loop.unet,
+        help="in the loop, a model, or a model of Triton's own TensorRT backend",
+    )
     add(
         "--defaults",
         type=_defaults,

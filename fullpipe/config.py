@@ -62,7 +62,8 @@ class LoopSettings:
         sizes: [width, height] pairs in pixels that the engine is built for, the native one first;
             empty for engines that take any size.
         buckets: UNet batch rows that the engine is built for, ascending; empty for any number.
-        unet: "loop" keeps the UNet in the loop's process, "bls" calls the Triton model `unet`.
+        unet: "loop" keeps the UNet in the loop's process, "bls" calls the Triton model `unet`,
+            "plan" does so with UNet and VAE as models of Triton's own TensorRT backend.
         max_rows: UNet batch rows of one tick at the native size; larger sizes get fewer.
         slots: images in flight; more of them share the rows of a tick in turn.
         torch_threads: intra-op threads of the loop's process, 0 = torch's own choice.

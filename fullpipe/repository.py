@@ -33,6 +33,7 @@ _STAGE_FOLDERS = {
     "vae_encoder": ("vae",),
     "image_encoder": (),
 }
+_ENGINES_OF_STAGES = ("onnx", "tensorrt")
 
 
 def write_models(folder: Path, checkpoint: Path, config: PipelineConfig, threads: int) -> None:
@@ -49,6 +50,37 @@ def write_models(folder: Path, checkpoint: Path, config: PipelineConfig, threads
     _write_stages(folder, checkpoint, config, names, threads)
     _write_ensemble(folder, config, names)
     _write_stream(folder, names)
+
+
+def use_native_plans(models: Path, config: PipelineConfig) -> None:
+    """Turn the UNet and the VAE into models of Triton's own TensorRT backend.
+
+    Args:
+        models: the pipeline's models, their plans built.
+        config: of the pipeline.
+    """
+    names = config.models
+    for model, folder, plan, profiles in (
+        (names.unet, "unet", "unet", len(config.loop.buckets)),
+        (names.vae_decoder, "vae", "vae_decoder", 1),
+        (names.vae_encoder, "vae", "vae_encoder", 1),
+    ):
+        version = models / model / "1"
+        built = version / folder
+        template = source_root() / "model_repository" / "plan" / "config.pbtxt"
+        settings = _template_config(template, model)
+        for kind, field in (("inputs", settings.input), ("outputs", settings.output)):
+            for tensor in json.loads((built / f"{plan}.json").read_text(encoding="utf-8"))[kind]:
+                entry = field.add()
+                entry.name = tensor["name"]
+                entry.data_type = model_config_pb2.DataType.Value(tensor["data_type"])
+                entry.dims.extend(tensor["dims"])
+        settings.instance_group[0].profile.extend(str(index) for index in range(profiles))
+        (built / f"{plan}.plan").rename(version / "model.plan")
+        shutil.rmtree(built)
+        for name in ("stage.json", "pipeline.json"):
+            (version / name).unlink()
+        (models / model / "config.pbtxt").write_text(text_format.MessageToString(settings))
 
 
 def model_names(name: str) -> dict[str, str]:
@@ -86,12 +118,13 @@ def _write_stages(
         version = _write_model(folder, _template_config(template, names[stage]))
         # ComfyUI computes embeddings in fp32 on every device, and they cost next to nothing.
         precision = "fp32" if stage == "text_encoder" else config.loop.precision
-        settings = StageConfig(stage, config.loop.devices[0], precision, torch_threads=threads)
+        engine = config.loop.engine if config.loop.engine in _ENGINES_OF_STAGES else "torch"
+        settings = StageConfig(stage, config.loop.devices[0], precision, engine, threads)
         settings.save(version / "stage.json")
         for part in parts:
             if (checkpoint / part).is_dir():
                 link_part(checkpoint, part, version / part)
-        if stage == "unet":
+        if stage == "unet" or engine != "torch":
             config.save(version / "pipeline.json")
 
 
@@ -124,7 +157,7 @@ def _write_ensemble(folder: Path, config: PipelineConfig, names: dict[str, str])
         "models": {
             part: names[part]
             for part in _STAGE_FOLDERS
-            if part != "unet" or config.loop.unet == "bls"
+            if part != "unet" or config.loop.unet != "loop"
         },
         # What a client needs to know of the networks to run its own loop over them.
         "network": {

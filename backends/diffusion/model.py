@@ -37,12 +37,19 @@ def text_encoder(folder, config):
     dtype = stage_dtype(config)
     from fullpipe.text import PromptEncoder
 
+    execute = {}
+    if config.engine != "torch":
+        from fullpipe.engines.loading import load_clip
+
+        pipeline = pipeline_config(folder)
+        execute = {"execute": lambda part, model: load_clip(part, model, pipeline, config.device)}
     embeddings = folder / "embeddings"
     encoder = PromptEncoder.from_folder(
         folder,
         device=config.device,
         dtype=dtype,
         embeddings_folder=embeddings if embeddings.is_dir() else None,
+        **execute,
     )
 
     def stage(inputs):
@@ -59,11 +66,9 @@ def text_encoder(folder, config):
 def unet(folder, config):
     """sample, timestep, encoder_hidden_states[, text_embeds, time_ids] → noise_pred."""
     stage_dtype(config)
-    from fullpipe.config import PipelineConfig
     from fullpipe.engines.loading import load_unet
 
-    pipeline = PipelineConfig.load(folder / "pipeline.json")
-    engine = load_unet(folder / "unet", pipeline, config.device)
+    engine = load_unet(folder / "unet", pipeline_config(folder), config.device)
     return lambda inputs: engine.run(
         {name: from_numpy(value).to(config.device) for name, value in inputs.items()}
     )
@@ -72,18 +77,28 @@ def unet(folder, config):
 def vae_decoder(folder, config):
     """latents → images."""
     dtype = stage_dtype(config)
-    from fullpipe.stages import VaeDecoder
+    if config.engine != "torch":
+        from fullpipe.engines.loading import load_vae_decoder
 
-    decoder = VaeDecoder(folder / "vae", device=config.device, dtype=dtype)
+        decoder = load_vae_decoder(folder / "vae", pipeline_config(folder), config.device)
+    else:
+        from fullpipe.stages import VaeDecoder
+
+        decoder = VaeDecoder(folder / "vae", device=config.device, dtype=dtype)
     return lambda inputs: {"images": decoder.decode(from_numpy(inputs["latents"]))}
 
 
 def vae_encoder(folder, config):
     """images → latents."""
     dtype = stage_dtype(config)
-    from fullpipe.stages import VaeEncoder
+    if config.engine != "torch":
+        from fullpipe.engines.loading import load_vae_encoder
 
-    encoder = VaeEncoder(folder / "vae", device=config.device, dtype=dtype)
+        encoder = load_vae_encoder(folder / "vae", pipeline_config(folder), config.device)
+    else:
+        from fullpipe.stages import VaeEncoder
+
+        encoder = VaeEncoder(folder / "vae", device=config.device, dtype=dtype)
     return lambda inputs: {"latents": encoder.encode(from_numpy(inputs["images"]))}
 
 
@@ -104,6 +119,13 @@ def image_encoder(folder, config):
 STAGES = {
     stage.__name__: stage for stage in (text_encoder, unet, vae_decoder, vae_encoder, image_encoder)
 }
+
+
+def pipeline_config(folder):
+    """The pipeline that a stage's engine was built for."""
+    from fullpipe.config import PipelineConfig
+
+    return PipelineConfig.load(folder / "pipeline.json")
 
 
 def stage_dtype(config):

@@ -1,12 +1,13 @@
-"""Which engine executes a pipeline's networks: one place that builds and one that loads.
+"""Which engine executes a pipeline's networks, at load; `fullpipe.engines.building` builds them.
 
 The engines are imported when they are chosen, so that a server needs only what it uses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +16,15 @@ import torch
 from fullpipe.config import ENGINES, PRECISIONS, PipelineConfig
 from fullpipe.engines import Engine
 from fullpipe.engines.artifact import Artifact, Key
-from fullpipe.errors import PipelineError, SetupError
+from fullpipe.engines.network import (
+    Network,
+    NetworkClip,
+    NetworkUNet,
+    NetworkVaeDecoder,
+    NetworkVaeEncoder,
+)
+from fullpipe.errors import SetupError
+from fullpipe.text.clip import ClipTextModel
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,62 +42,89 @@ def load_unet(folder: Path, config: PipelineConfig, device: str) -> Engine:
             fit into memory; the message names the remedy.
     """
     settings = dataclasses.replace(config.loop, device=device)
-    if settings.engine not in ENGINES:
-        raise SetupError(f"engine={settings.engine!r} is unknown, allowed: {', '.join(ENGINES)}")
     dtype = torch_dtype(settings.precision)
-    if settings.engine != "torch":
-        Artifact.load(folder).check(folder, engine_key(config))
-    try:
+    with naming_memory(folder, settings.device):
+        if settings.engine == "torch":
+            from fullpipe.engines.torch_engine import TorchUNet
+
+            return TorchUNet(folder, device=settings.device, dtype=dtype)
+        _check(folder, config)
         if settings.engine == "compiled":
             from fullpipe.engines.compiled_engine import CompiledUNet
 
             return CompiledUNet.load(folder, settings)
-        from fullpipe.engines.torch_engine import TorchUNet
+        network = _network(folder, "unet", config, device)
+        if settings.engine == "onnx":
+            return NetworkUNet(network)
+        from fullpipe.engines.tensorrt_engine import TensorRtNetwork, TensorRtUNet
 
-        return TorchUNet(folder, device=settings.device, dtype=dtype)
-    except (RuntimeError, MemoryError) as error:
-        raise _out_of_memory(folder, settings.device, error) from error
+        assert isinstance(network, TensorRtNetwork)
+        return TensorRtUNet(network, config)
 
 
-def build_unet(
-    folder: Path, config: PipelineConfig, rebuild: str, report: Callable[[str], None]
-) -> None:
-    """Build what `load_unet` will load, and leave `engine.json` beside it; torch needs nothing.
+def load_vae_decoder(folder: Path, config: PipelineConfig, device: str) -> NetworkVaeDecoder:
+    """The VAE decoder that `build_stages` left in `folder`; raises as `load_unet` does."""
+    with naming_memory(folder, device):
+        _check(folder, config)
+        network = _network(folder, "vae_decoder", config, device)
+        return NetworkVaeDecoder(network, device, config.checkpoint.vae_scale_factor)
 
-    Args:
-        folder: a diffusers `unet` folder, writable; its weights stay as they are.
-        config: of the pipeline; `loop` says engine, precision, sizes, buckets and device.
-        rebuild: the command that does this again, for messages.
-        report: gets a line per step.
-    Raises:
-        SetupError: the engine's libraries are missing, or the build failed.
-    """
-    settings = config.loop
-    if settings.engine == "torch":
-        return
-    before = set(folder.rglob("*"))
-    try:
-        if settings.engine == "compiled":
-            from fullpipe.engines import compiled_engine
 
-            compiled_engine.build(folder, settings, report)
-    except (RuntimeError, MemoryError) as error:
-        raise _out_of_memory(folder, settings.device, error) from error
-    files = [path for path in folder.rglob("*") if path.is_file() and path not in before]
-    Artifact.of(engine_key(config), folder, files, rebuild).save(folder)
+def load_vae_encoder(folder: Path, config: PipelineConfig, device: str) -> NetworkVaeEncoder:
+    """The VAE encoder that `build_stages` left in `folder`; raises as `load_unet` does."""
+    facts = config.checkpoint
+    with naming_memory(folder, device):
+        _check(folder, config)
+        network = _network(folder, "vae_encoder", config, device)
+        return NetworkVaeEncoder(network, device, facts.vae_scale_factor, facts.latent_channels)
+
+
+def load_clip(
+    folder: Path, model: ClipTextModel, config: PipelineConfig, device: str
+) -> NetworkClip:
+    """What `build_stages` left in `folder`, in the place of `model`; raises as `load_unet` does."""
+    with naming_memory(folder, device):
+        _check(folder, config)
+        return NetworkClip(model, _network(folder, "clip", config, device))
+
+
+def _check(folder: Path, config: PipelineConfig) -> None:
+    if config.loop.engine not in ENGINES:
+        known = ", ".join(ENGINES)
+        raise SetupError(f"engine={config.loop.engine!r} is unknown, allowed: {known}")
+    Artifact.load(folder).check(folder, engine_key(config))
+
+
+def _network(folder: Path, name: str, config: PipelineConfig, device: str) -> Network:
+    if config.loop.engine == "onnx":
+        from fullpipe.engines.onnx_engine import OnnxNetwork
+
+        return OnnxNetwork(folder / f"{name}.onnx", device)
+    from fullpipe.engines.tensorrt_engine import TensorRtNetwork
+
+    return TensorRtNetwork(folder / f"{name}.plan", device)
 
 
 def engine_key(config: PipelineConfig) -> Key:
     """What a built engine of this pipeline must have been built for, on this machine."""
     settings = config.loop
+    gpu, libraries = "any", {}  # an ONNX file runs wherever ONNX Runtime does
+    if settings.engine == "compiled":
+        gpu = gpu_architecture(settings.devices[0])
+        libraries = {name: metadata.version(name) for name in ("torch", "diffusers")}
+    elif settings.engine == "tensorrt":
+        from fullpipe.engines.tensorrt_library import library
+
+        gpu = "any" if library().is_rtx else gpu_architecture(settings.devices[0])
+        libraries = library().versions
     return Key(
         engine=settings.engine,
         checkpoint=config.checkpoint.digest,
         precision=settings.precision,
         sizes=settings.sizes,
         buckets=settings.buckets,
-        gpu=gpu_architecture(settings.devices[0]),
-        libraries={name: metadata.version(name) for name in ("torch", "diffusers")},
+        gpu=gpu,
+        libraries=libraries,
     )
 
 
@@ -119,13 +155,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _out_of_memory(folder: Path, device: str, error: Exception) -> Exception:
-    """A line about memory where that is what ran out; any other error as it is."""
-    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if isinstance(error, PipelineError) or not (is_memory or "can't allocate memory" in str(error)):
-        return error
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return SetupError(
-        f"{folder} does not fit into the memory of {device}: its weights alone are"
-        f" {weights / 2**30:.1f} GiB; free memory, or assemble with --precision fp16"
-    )
+@contextlib.contextmanager
+def naming_memory(folder: Path, device: str) -> Iterator[None]:
+    """Turn what torch raises when memory runs out into a line that says so."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_memory and "can't allocate memory" not in str(error):
+            raise
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        raise SetupError(
+            f"{folder} does not fit into the memory of {device}: its weights alone are"
+            f" {weights / 2**30:.1f} GiB; free memory, or assemble with --precision fp16"
+        ) from error

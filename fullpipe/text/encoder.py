@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fullpipe.errors import InvalidRequest, SetupError
-from fullpipe.text.clip import load_clip
+from fullpipe.text.clip import ClipTextModel, load_clip
 from fullpipe.text.conditioning import ChunkEncoder
 from fullpipe.text.embeddings import EmbeddingsFolder
 from fullpipe.text.prompt import Piece, check_text, split_prompt
@@ -47,6 +49,7 @@ class PromptEncoder:
         embeddings_folder: Path | None = None,
         max_tokens: int = 15_000,
         weights_dtype: torch.dtype | None = torch.float16,
+        execute: Callable[[Path, ClipTextModel], Any] = lambda folder, model: model,
     ) -> PromptEncoder:
         """Load the text part of a diffusers checkpoint: SD1, SD2, or SDXL with a text_encoder_2.
 
@@ -64,6 +67,7 @@ class PromptEncoder:
             weights_dtype: the precision that weights are cut to before they are converted to
                 `dtype`. ComfyUI keeps text encoders in fp16 on every device and computes in fp32,
                 so the default gives its results for fp32 and bf16 checkpoints too. None: as stored.
+            execute: gets each encoder's folder and model, and returns what stands in for the model.
         Raises:
             SetupError: a file is missing or broken; the message names it and the remedy.
         """
@@ -81,6 +85,7 @@ class PromptEncoder:
                 dtype=dtype,
                 weights_dtype=weights_dtype,
             )
+            model = execute(folder / name, model)
             if tokenizer.size > model.config.vocab_size:
                 raise SetupError(
                     f"{folder / 'tokenizer'} has {tokenizer.size} tokens, {name} beside it "

@@ -38,7 +38,7 @@ class TritonPythonModel:
             config = PipelineConfig.load(folder / "pipeline.json")
             if config.loop.torch_threads:
                 torch.set_num_threads(config.loop.torch_threads)
-            make_unet = BlsUNet if config.loop.unet == "bls" else load_unet
+            make_unet = load_unet if config.loop.unet == "loop" else BlsUNet
             unets = [make_unet(folder / "unet", config, name) for name in config.loop.devices]
         except SetupError as error:
             raise triton.abort_loading(error) from error
