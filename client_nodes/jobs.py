@@ -34,7 +34,6 @@ FIRST_DELAY_S, LAST_DELAY_S = 0.5, 8.0
 PREVIEW_MAX_PX = 512
 # Looks at a silent server in a row that must fail before it counts as gone.
 MISSES = 2
-CANCEL_TIMEOUT_S = 2.0
 POLL_MS = 1000
 
 
@@ -70,7 +69,10 @@ async def run(node_id: str | None, work: Callable[[Call], T], steps: int = 0) ->
             has_news.clear()
             _show(call.take(), bar, node_id)
             if outcome.done():
-                return outcome.result()
+                result = outcome.result()
+                if bar is not None and bar.current < bar.total:  # the result overtook its news
+                    bar.update_absolute(bar.total)
+                return result
     finally:
         call.stop()  # nothing to stop if it is done
 
@@ -170,7 +172,7 @@ class Job:
             time.sleep(0.2)
 
     def _ask(self, op: str, session: Session | None = None, **inputs: Any) -> dict[str, Any]:
-        timeout_s = CANCEL_TIMEOUT_S + inputs.get("wait_ms", 0) / 1000
+        timeout_s = self._endpoint.server.connect_timeout_s + inputs.get("wait_ms", 0) / 1000
         return control(
             self._endpoint,
             self._loop_model,
@@ -237,7 +239,7 @@ class Job:
     def _watch(self, over: threading.Event, gone: list[bool], follow: bool, preview: bool) -> None:
         """Report progress; break the connection of a server that answers nobody any more."""
         server, call = self._endpoint.server, self._call
-        session = Session(self._endpoint, CANCEL_TIMEOUT_S + POLL_MS / 1000)
+        session = Session(self._endpoint, server.connect_timeout_s + POLL_MS / 1000)
         since, misses = 0, 0
         while not over.is_set() and not call.is_stopped:
             is_missed = False
@@ -263,7 +265,7 @@ class Job:
             elif over.wait(server.probe_s):
                 break
             elif time.monotonic() - call.heard >= server.probe_s:
-                is_missed = not is_alive(self._endpoint, server.probe_s)
+                is_missed = not is_alive(self._endpoint, server.connect_timeout_s)
                 if not is_missed:
                     call.heard = time.monotonic()
             misses = misses + 1 if is_missed else 0

@@ -34,7 +34,7 @@ class Server:
         url: http://HOST:PORT or https://…, with a path if a gateway has one.
         api_key: API key or JWT, sent as `Authorization: Bearer …`.
         ca_cert: file of the certificate authority to trust instead of the system's.
-        connect_timeout_s: to open a connection.
+        connect_timeout_s: to open a connection, and to get an answer that takes no work.
         read_timeout_s: longest silence of a server that is otherwise alive; above the server's own
             deadline of 300 s, so that its own message arrives first.
         retries: repeats of a request that certainly was not carried out.

@@ -44,7 +44,8 @@ def servers(network, tmp_path_factory) -> Path:
     entry = {"url": network.url, **IMPATIENT}
     streaming = {**entry, "shared_memory": "off"}
     nowhere = {**streaming, "url": "http://127.0.0.1:9"}
-    servers = {"default": entry, "streaming": streaming, "nowhere": nowhere}
+    patient = {**streaming, "recover_s": 120.0}
+    servers = {"default": entry, "streaming": streaming, "nowhere": nowhere, "patient": patient}
     path.write_text(json.dumps({"servers": servers}))
     return path
 

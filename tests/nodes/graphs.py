@@ -15,6 +15,7 @@ from websocket import WebSocketTimeoutException, create_connection
 
 PROMPT = "a red circle on a white background"
 SMALL = {"steps": 8, "cfg": 4.0, "seed": 7}
+SILENCE_S = 180
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -82,7 +83,7 @@ class Run:
         self._comfy = comfy
         client = uuid.uuid4().hex
         self._socket = create_connection(
-            f"{comfy.url.replace('http', 'ws')}/ws?clientId={client}", timeout=60
+            f"{comfy.url.replace('http', 'ws')}/ws?clientId={client}", timeout=SILENCE_S
         )
         self.events: list[dict[str, Any]] = []
         self.previews: list[Image.Image] = []
@@ -147,7 +148,7 @@ class Run:
         try:
             message = self._socket.recv()
         except WebSocketTimeoutException:
-            raise AssertionError(f"nothing for 60 s after {self.events[-3:]}") from None
+            raise AssertionError(f"nothing for {SILENCE_S} s after {self.events[-3:]}") from None
         if isinstance(message, bytes):
             self._read_binary(message)
             return
