@@ -68,7 +68,7 @@ def main() -> None:
 
     def run(policy: str, count: int, rate: float) -> dict:
         trace, ticks = make_trace(count, rate), Ticks()
-        with LocalPipeline(config, unet, stages, ticks) as pipeline:
+        with LocalPipeline(config, [unet], stages, ticks) as pipeline:
             player = Player(pipeline, unet, config.loop, native.width * native.height)
             player.replay(trace, policy)
         return {**summary(trace), "useful_rows_per_tick": ticks.rows_per_tick()}
@@ -134,7 +134,7 @@ def largest_batch(loop: LoopSettings, native_pixels: int, size: tuple[int, int])
     return min(loop.slots, loop.max_rows * native_pixels // (size[0] * size[1]) // 2)
 
 
-class FixedBatch:
+class FixedBatch(Engine):
     """An engine whose calls stay as large as the largest since `reset`: static batches."""
 
     def __init__(self, unet: Engine):
