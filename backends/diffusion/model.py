@@ -24,16 +24,23 @@ class TritonPythonModel:
                     f" allowed: {', '.join(STAGES)}"
                 )
             self._stage = STAGES[config.stage](folder, config)
+            # Ensembles call the picture encoder, and no word travels along with theirs.
+            self._is_open = config.stage == "image_encoder"
         except SetupError as error:
             raise triton.abort_loading(error) from error
 
     def execute(self, requests):
         """Answer each request by itself."""
-        return triton.run_stage(requests, self._stage)
+        return triton.run_stage(requests, self._stage, self._is_open)
 
 
 def text_encoder(folder, config):
     """prompt, negative_prompt, clip_skip → the four tensors of `PromptEncoder.encode`."""
+    import torch
+
+    from fullpipe import __version__
+    from fullpipe.cache_embeddings import cached
+
     dtype = stage_dtype(config)
     from fullpipe.text import PromptEncoder
 
@@ -51,10 +58,21 @@ def text_encoder(folder, config):
         embeddings_folder=embeddings if embeddings.is_dir() else None,
         **execute,
     )
+    encode = cached(
+        encoder.encode,
+        folder,
+        facts=(__version__, torch.__version__, config.device, config.engine, dtype),
+        count=triton.counter(
+            "fullpipe_embedding_cache_total",
+            "Look-ups of embeddings in the shared cache, by result",
+            "result",
+            model=folder.parent.name,
+        ),
+    )
 
     def stage(inputs):
         clip_skip = inputs.get("clip_skip")
-        return encoder.encode(
+        return encode(
             triton.text("prompt", inputs["prompt"]),
             triton.text("negative_prompt", inputs.get("negative_prompt")),
             None if clip_skip is None else int(clip_skip[0]),
