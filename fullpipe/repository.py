@@ -33,7 +33,12 @@ _STAGE_FOLDERS = {
     "vae_encoder": ("vae",),
     "image_encoder": (),
 }
-_ENGINES_OF_STAGES = ("onnx", "tensorrt")
+# Which stages an engine runs; the others, and all of them for `torch`, are eager.
+_STAGES_OF_ENGINES = {
+    "onnx": tuple(_STAGE_FOLDERS),
+    "tensorrt": tuple(_STAGE_FOLDERS),
+    "compiled": ("unet", "vae_decoder"),
+}
 
 
 def write_models(folder: Path, checkpoint: Path, config: PipelineConfig, threads: int) -> None:
@@ -118,7 +123,9 @@ def _write_stages(
         version = _write_model(folder, _template_config(template, names[stage]))
         # ComfyUI computes embeddings in fp32 on every device, and they cost next to nothing.
         precision = "fp32" if stage == "text_encoder" else config.loop.precision
-        engine = config.loop.engine if config.loop.engine in _ENGINES_OF_STAGES else "torch"
+        engine = config.loop.engine
+        if stage not in _STAGES_OF_ENGINES.get(engine, ()):
+            engine = "torch"
         settings = StageConfig(stage, config.loop.devices[0], precision, engine, threads)
         settings.save(version / "stage.json")
         for part in parts:

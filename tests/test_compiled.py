@@ -11,8 +11,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fullpipe.config import LoopSettings
 from fullpipe.engines.compiled_engine import CompiledUNet, build
+from fullpipe.engines.compiled_vae import CompiledVaeDecoder, build_decoder
 from fullpipe.engines.torch_engine import TorchUNet
 from fullpipe.errors import SetupError
+from fullpipe.stages import VaeDecoder
 
 SETTINGS = LoopSettings(engine="compiled", sizes=[[64, 64]], buckets=[2])
 NAME = "8x8-77-2.pt2"
@@ -113,3 +115,21 @@ def test_broken_packages_are_refused_in_one_line(folder, tmp_path):
     more = dataclasses.replace(SETTINGS, buckets=[2, 4])
     with pytest.raises(SetupError, match=r"lacks 8x8-77-4\.pt2"):
         CompiledUNet.load(folder, more)
+
+
+def test_a_compiled_decoder_gives_the_same_pixels(checkpoint, config, tmp_path):
+    """The demo's VAE at one size; another size is decoded all the same."""
+    folder = tmp_path / "vae"
+    shutil.copytree(checkpoint / "vae", folder)
+    settings = dataclasses.replace(config.loop, engine="compiled", sizes=[[64, 64]], buckets=[2])
+    chosen = dataclasses.replace(config, loop=settings)
+    with pytest.raises(SetupError, match=r"lacks decoder-8x8\.pt2; assemble it again"):
+        CompiledVaeDecoder(folder, chosen, "cpu", torch.float32)
+    build_decoder(folder, chosen, torch.float32, lambda line: None)
+    compiled = CompiledVaeDecoder(folder, chosen, "cpu", torch.float32)
+    eager = VaeDecoder(folder)
+    for side in (8, 12):
+        latents = torch.randn(2, 4, side, side)
+        levels = compiled.decode(latents).int() - eager.decode(latents).int()
+        assert levels.abs().max() <= 1
+        assert (levels == 0).float().mean() > 0.999

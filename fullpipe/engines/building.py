@@ -13,6 +13,7 @@ from fullpipe.config import PipelineConfig
 from fullpipe.engines.artifact import Artifact
 from fullpipe.engines.loading import engine_key, naming_memory, torch_dtype
 from fullpipe.errors import SetupError
+from fullpipe.stages import needs_range
 
 Report = Callable[[str], None]
 
@@ -50,6 +51,14 @@ def build_stages(models: Path, config: PipelineConfig, rebuild: str, report: Rep
     Args:
         models: the folder of the pipeline's models.
     """
+    if config.loop.engine == "compiled":
+        from fullpipe.engines.compiled_vae import build_decoder
+
+        folder = models / config.models.vae_decoder / "1" / "vae"
+        before = set(folder.rglob("*"))
+        with naming_memory(folder, config.loop.device):
+            build_decoder(folder, config, torch_dtype(config.loop.precision), report)
+        _record(folder, before, config, rebuild)
     if config.loop.engine not in ("onnx", "tensorrt"):
         return
     from fullpipe.engines import onnx_export
@@ -90,11 +99,9 @@ def build_stages(models: Path, config: PipelineConfig, rebuild: str, report: Rep
 
 
 def vae_dtype(folder: Path, config: PipelineConfig) -> torch.dtype:
-    """The arithmetic of the VAE: SDXL's overflows in fp16, which its config tells."""
-    from fullpipe.checkpoints.folder import read_json
-
+    """The arithmetic of the VAE: SDXL's overflows in fp16."""
     dtype = torch_dtype(config.loop.precision)
-    if dtype != torch.float16 or not read_json(folder / "config.json").get("force_upcast", False):
+    if dtype != torch.float16 or not needs_range(folder):
         return dtype
     return torch.float32 if config.loop.engine == "onnx" else torch.bfloat16
 

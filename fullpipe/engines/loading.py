@@ -24,6 +24,7 @@ from fullpipe.engines.network import (
     NetworkVaeEncoder,
 )
 from fullpipe.errors import SetupError
+from fullpipe.stages import VaeDecoder
 from fullpipe.text.clip import ClipTextModel
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,10 +63,16 @@ def load_unet(folder: Path, config: PipelineConfig, device: str) -> Engine:
         return TensorRtUNet(network, config)
 
 
-def load_vae_decoder(folder: Path, config: PipelineConfig, device: str) -> NetworkVaeDecoder:
+def load_vae_decoder(
+    folder: Path, config: PipelineConfig, device: str
+) -> NetworkVaeDecoder | VaeDecoder:
     """The VAE decoder that `build_stages` left in `folder`; raises as `load_unet` does."""
     with naming_memory(folder, device):
         _check(folder, config)
+        if config.loop.engine == "compiled":
+            from fullpipe.engines.compiled_vae import CompiledVaeDecoder
+
+            return CompiledVaeDecoder(folder, config, device, torch_dtype(config.loop.precision))
         network = _network(folder, "vae_decoder", config, device)
         return NetworkVaeDecoder(network, device, config.checkpoint.vae_scale_factor)
 

@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fullpipe.errors import SetupError
+from fullpipe.stages import PixelDecoder
 from fullpipe.text.clip import ClipTextModel
 
 OPSET = 18
@@ -49,21 +50,6 @@ class _UNet(torch.nn.Module):
             return_dict=False,
         )
         return noise_pred.float()
-
-
-class _VaeDecoder(torch.nn.Module):
-    """latents [N, 4, h, w] fp32 → images [N, H, W, 3] uint8, as `fullpipe.stages.VaeDecoder`."""
-
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__()
-        self.decoder, self.post_quant_conv, self.dtype = vae.decoder, vae.post_quant_conv, vae.dtype
-
-    def forward(self, latents) -> torch.Tensor:
-        latents = latents.to(self.dtype)
-        if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        pixels = ((self.decoder(latents).float() + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0
-        return pixels.permute(0, 2, 3, 1).to(torch.uint8)
 
 
 class _VaeEncoder(torch.nn.Module):
@@ -136,7 +122,7 @@ def export_vae_decoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
     inputs = {"latents": torch.randn(2, vae.config["latent_channels"], 9, 7)}
     open_dims = {"latents": {0: "rows", 2: "height", 3: "width"}}
     outputs = {"images": {0: "rows", 1: "image_height", 2: "image_width"}}
-    _export(_VaeDecoder(vae), inputs, open_dims, outputs, path)
+    _export(PixelDecoder(vae), inputs, open_dims, outputs, path)
 
 
 def export_vae_encoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
