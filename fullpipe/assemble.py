@@ -135,8 +135,6 @@ def _config(folder: Path, choices: Choices, progress: Progress) -> PipelineConfi
     sides = [native_px, *(side for size in loop.sizes for side in size)]
     largest = limits.max_size_px or max(Limits().max_size_px, native_px * 3 // 2)
     limits = dataclasses.replace(limits, max_size_px=max(largest, *sides))
-    if loop.engine == "compiled":
-        limits = dataclasses.replace(limits, sizes=loop.sizes)
     if loop.engine == "tensorrt":
         sides = [side for size in loop.sizes for side in size]
         limits = dataclasses.replace(

@@ -21,16 +21,12 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how much work may wait. Sizes are in pixels.
-
-    `sizes` lists the [width, height] pairs that are served; empty: every size in range.
-    """
+    """What one request may ask for, and how much work may wait. Sizes are in pixels."""
 
     max_steps: int = 150
     max_batch_size: int = 8
     min_size_px: int = 64
     max_size_px: int = 512
-    sizes: list[list[int]] = dataclasses.field(default_factory=list)
     max_prompt_chars: int = 8_000
     max_prompt_tokens: int = 16 * 77
     max_image_bytes: int = 16 * 1024 * 1024

@@ -228,8 +228,6 @@ def _parse_picture(
             width=request.width or defaults.width,
             height=request.height or defaults.height,
         )
-        assert request.width is not None and request.height is not None
-        check_built(request.width, request.height, limits)
     return request
 
 
@@ -358,10 +356,3 @@ def check_size(name: str, value: int, limits: Limits) -> None:
         raise InvalidRequest(
             f"{name}={value} must be a multiple of {SIZE_MULTIPLE_PX} in [{low}, {high}]"
         )
-
-
-def check_built(width: int, height: int, limits: Limits) -> None:
-    """Refuse a picture size that the pipeline's engine was not built for."""
-    if limits.sizes and [width, height] not in limits.sizes:
-        allowed = ", ".join(f"{w}x{h}" for w, h in limits.sizes)
-        raise InvalidRequest(f"width={width} height={height} is not served, allowed: {allowed}")
