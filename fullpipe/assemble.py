@@ -87,7 +87,7 @@ def assemble(
             write_models(models, folder, config, choices.stage_threads)
             names = model_names(config.name)
             part = names["scheduler_model" if config.loop.unet == "loop" else "unet"]
-            rebuild = command_line(checkpoint, out, config)
+            rebuild = command_line(checkpoint, out, config, choices.defaults)
             build_unet(models / part / "1" / "unet", config, rebuild, report)
             build_stages(models, config, rebuild, report)
             if config.loop.unet == "plan":
@@ -101,7 +101,9 @@ def assemble(
     return config
 
 
-def command_line(checkpoint: Path, out: Path, config: PipelineConfig) -> str:
+def command_line(
+    checkpoint: Path, out: Path, config: PipelineConfig, defaults: Mapping[str, Any]
+) -> str:
     """The command that assembles this pipeline again, for messages about its engine."""
     loop, limits = config.loop, config.limits
     options = {
@@ -112,6 +114,7 @@ def command_line(checkpoint: Path, out: Path, config: PipelineConfig) -> str:
         "precision": loop.precision,
         "sizes": ",".join(f"{width}x{height}" for width, height in loop.sizes),
         "unet": loop.unet,
+        "defaults": ",".join(f"{name}={value}" for name, value in defaults.items()),
         "max-size": str(limits.max_size_px),
         "max-batch": str(limits.max_batch_size),
         "max-rows": str(loop.max_rows),

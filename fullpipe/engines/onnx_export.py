@@ -61,7 +61,8 @@ class _VaeEncoder(torch.nn.Module):
         self.channels = vae.config["latent_channels"]
 
     def forward(self, images) -> torch.Tensor:
-        pixels = images.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0
+        # TensorRT takes uint8 at the door and converts it, and does nothing else with it.
+        pixels = images.float().permute(0, 3, 1, 2) / 255.0 * 2.0 - 1.0
         moments = self.encoder(pixels.to(self.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)

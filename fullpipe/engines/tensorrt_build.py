@@ -196,5 +196,7 @@ def _save_atomically(path: Path, content: memoryview) -> None:
 
 
 def _refused(what: str, errors: list[str]) -> SetupError:
-    reason = errors[-1] if errors else "it gave no reason"
-    return SetupError(f"{what}: {reason}")
+    # Without a GPU the CUDA runtime complains each time, and that is never the cause.
+    causes = [error for error in errors if "catchCudaError" not in error]
+    reason = causes[0] if causes else "it gave no reason"
+    return SetupError(f"{what}: {' '.join(reason.split())}")

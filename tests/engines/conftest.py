@@ -6,9 +6,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads of this process while a test of this folder runs."""
+    """Threads of this process while a module of this folder runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
