@@ -6,7 +6,6 @@ the page would save; Triton, with the demo checkpoint, paints what the pictures 
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -45,7 +44,8 @@ def sampling(model: int | None, at: list[int], links: list, **widgets: Any) -> d
     """A KSampler, ComfyUI's own with a model or ours without."""
     kind = "TritonKSampler" if model is None else "KSampler"
     links = [*links, *([("model", model, 0)] if model is not None else [])]
-    given = {"seed": 7, "steps": 20, "cfg": 4.0, "control_after_generate": "fixed", **widgets}
+    given = {"seed": 7, "steps": 20, "cfg": 4.0, "scheduler": "normal", **widgets}
+    given["control_after_generate"] = "fixed"
     return node(kind, at, [300, 330], links, **given)
 
 
@@ -90,11 +90,12 @@ WORKFLOWS: dict[str, list[dict[str, Any]]] = {
         node("TritonCLIPTextEncode", [40, 300], [360, 190], text=""),
         node("EmptyLatentImage", [40, 540], [360, 110], width=256, height=256, batch_size=1),
         sampling(None, [440, 60], [("positive", 0, 0), ("negative", 1, 0), ("latent_image", 2, 0)]),
-        node("TritonVAEDecode", [440, 450], [300, 80], [("samples", 3, 0)]),
-        node("PreviewImage", [780, 60], [420, 460], [("images", 4, 0)]),
+        node("TritonVAEDecode", [780, 60], [300, 80], [("samples", 3, 0)]),
+        node("PreviewImage", [780, 200], [420, 460], [("images", 4, 0)]),
     ],
     "side_by_side": [
-        node("CheckpointLoaderSimple", [40, 60], [360, 100]),
+        node("CheckpointLoaderSimple", [40, 60], [360, 100],
+             ckpt_name="v1-5-pruned-emaonly-fp16.safetensors"),
         node("CLIPTextEncode", [40, 210], [360, 150], [("clip", 0, 1)], text="a lighthouse"),
         node("CLIPTextEncode", [40, 410], [360, 150], [("clip", 0, 1)], text="blurry"),
         node("EmptyLatentImage", [40, 610], [360, 110], width=512, height=512, batch_size=1),
@@ -122,7 +123,10 @@ WORKFLOWS: dict[str, list[dict[str, Any]]] = {
 NOT_PAINTED = ("sdxl", "side_by_side")
 
 BUILD = """async (nodes) => {
+  app.clean();
   app.graph.clear();
+  app.nodeOutputs = {};
+  app.nodePreviewImages = {};
   const made = nodes.map((spec) => {
     const node = LiteGraph.createNode(spec.type);
     node.pos = spec.pos;
@@ -176,15 +180,14 @@ def main() -> None:
 def make(page, title: str, workflow: list[dict[str, Any]]) -> None:
     """Write one workflow and its picture."""
     build(page, workflow)
+    save_json(EXAMPLES / f"{title}.json", page.evaluate("() => app.graph.serialize()"))
     if title not in NOT_PAINTED:
         follow_events(page)
         page.get_by_role("button", name="Run", exact=True).click()
         wait_for_event(page, "execution_success")
+        fit(page)
         page.wait_for_timeout(1500)  # the pictures load
-    saved = page.evaluate("() => app.graph.serialize()")
-    save_json(EXAMPLES / f"{title}.json", saved)
     page.screenshot(path=EXAMPLES / f"{title}.jpg", type="jpeg", quality=85)
-    print(title, len(json.dumps(saved)))
 
 
 if __name__ == "__main__":
