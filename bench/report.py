@@ -1,4 +1,4 @@
-"""bench/README.md with its tables and plots, from the stored results alone.
+"""bench/README.md with its tables and plots, and the README's figures, from stored results alone.
 
     python -m bench.report
 
@@ -16,10 +16,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import plots, tables
+from bench import headlines, plots, tables
 from bench.record import RESULTS
 
 BENCH = Path(__file__).parent
+README = BENCH.parent / "README.md"
 INTRODUCTION = """# Benchmarks
 
 Made by `python -m bench.report` from the results in [results/](results), each of which has the
@@ -70,17 +71,24 @@ SECTIONS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
-    page = build(RESULTS, BENCH / "plots")
+    documents = read(RESULTS)
+    page = build(documents, BENCH / "plots")
     (BENCH / "README.md").write_text(page, encoding="utf-8")
-    print(f"{BENCH / 'README.md'}: {len(list(RESULTS.glob('*.json')))} results")
+    readme = headlines.page(documents, README.read_text(encoding="utf-8"))
+    README.write_text(readme, encoding="utf-8")
+    print(f"{BENCH / 'README.md'} and {README}: {len(documents)} results")
 
 
-def build(results: Path, plot_folder: Path | None) -> str:
-    """The page, of all results in a folder; writes plots unless there is no folder for them."""
-    documents = {
+def read(folder: Path) -> dict[str, dict]:
+    """All stored results by name."""
+    return {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(results.glob("*.json"))
+        for path in sorted(folder.glob("*.json"))
     }
+
+
+def build(documents: dict[str, dict], plot_folder: Path | None) -> str:
+    """The page of these results; writes plots unless there is no folder for them."""
     known = {section.name for section in SECTIONS}
     gpu = [n for n in documents if n.startswith("gpu_")]
     others = [n for n in documents if n not in known and n not in gpu]
