@@ -6,7 +6,7 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo serve test lint format bench clean
+.PHONY: setup demo serve test lint format bench bench-all bench-setup clean
 
 setup: $(VENV)/ready
 
@@ -28,11 +28,19 @@ serve: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Minutes, on a machine with nothing else to do; then bench/README.md with its plots.
-bench: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+# Both want a machine with nothing else to do, and make bench/README.md and the README's figures anew.
+# `bench` takes about 6 minutes on 2 cores, `bench-all` half an hour.
+bench: bench-setup
 	$(BIN)/python -m bench.perf_analyzer
 	$(BIN)/python -m bench.report
+
+bench-all: bench-setup
+	set -e; for name in continuous perf_analyzer concurrency overhead diffusers_pipeline unet_apart \
+	  transports startup soak advance demo_quality; do $(BIN)/python -m bench.$$name; done
+	$(BIN)/python -m bench.report
+
+bench-setup: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 
 lint: setup
 	$(BIN)/ruff format --check .
