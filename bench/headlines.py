@@ -30,7 +30,10 @@ def headlines(documents: dict[str, dict]) -> str:
                 [what, figure, f"`{_command(documents[name])}`"]
                 for what, figure in lines(documents[name]["result"])
             ]
-    for document in documents.values():
+    for name, document in documents.items():
+        if name.startswith("gpu") and "together_over_one" in document["result"]:
+            what, figure = _gpu(document["result"])
+            rows.append([what, figure, f"`{document['command']}`"])
         told = document["result"].get("headline")
         if told:
             rows.append([told["what"], told["figure"], f"`{_command(document)}`"])
@@ -113,6 +116,17 @@ def _diffusers(result: dict) -> list[tuple[str, str]]:
             f" ({result['over_http']['p50_ms'] / 1e3:.2f} s)",
         )
     ]
+
+
+def _gpu(result: dict) -> tuple[str, str]:
+    one, together = result["loop"]["one_at_a_time"], result["loop"]["together"]
+    return (
+        f"{result['device']}: {result['request']}, {together['concurrency']} at a time",
+        f"{together['images_per_second']:.2f} pictures a second,"
+        f" {result['together_over_one']:.2f} × one at a time, which take"
+        f" {one['p50_ms']:.0f} ms each; the loop takes {result['loop_over_bare_unet']:.2f} × the"
+        " time of its UNet calls alone",
+    )
 
 
 def _unet_apart(result: dict) -> list[tuple[str, str]]:
