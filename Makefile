@@ -10,13 +10,14 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/ready
 
+# PYTHONWARNINGS: setuptools warns of every editable installation.
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else "setup: Python %d.%d, needed 3.10 to 3.12; try make PYTHON=python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@echo "setup: installing torch, diffusers and NVIDIA's tritonserver into $(VENV); this takes a minute"
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
 demo: setup
@@ -40,7 +41,7 @@ bench-all: bench-setup
 	$(BIN)/python -m bench.report
 
 bench-setup: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 
 lint: setup
 	$(BIN)/ruff format --check .
