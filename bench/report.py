@@ -1,4 +1,4 @@
-"""bench/README.md with its tables and plots, from the stored results alone.
+"""bench/README.md with its tables and plots, and the README's figures, from stored results alone.
 
     python -m bench.report
 
@@ -16,10 +16,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import plots, tables
+from bench import headlines, plots, tables
 from bench.record import RESULTS
 
 BENCH = Path(__file__).parent
+README = BENCH.parent / "README.md"
 INTRODUCTION = """# Benchmarks
 
 Made by `python -m bench.report` from the results in [results/](results), each of which has the
@@ -70,31 +71,44 @@ SECTIONS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
-    page = build(RESULTS, BENCH / "plots")
+    documents = read(RESULTS)
+    page = build(documents, BENCH / "plots")
     (BENCH / "README.md").write_text(page, encoding="utf-8")
-    print(f"{BENCH / 'README.md'}: {len(list(RESULTS.glob('*.json')))} results")
+    readme = headlines.page(documents, README.read_text(encoding="utf-8"))
+    README.write_text(readme, encoding="utf-8")
+    print(f"{BENCH / 'README.md'} and {README}: {len(documents)} results")
 
 
-def build(results: Path, plot_folder: Path | None) -> str:
-    """The page, of all results in a folder; writes plots unless there is no folder for them."""
-    documents = {
+def read(folder: Path) -> dict[str, dict]:
+    """All stored results by name."""
+    return {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(results.glob("*.json"))
+        for path in sorted(folder.glob("*.json"))
     }
+
+
+def build(documents: dict[str, dict], plot_folder: Path | None) -> str:
+    """The page of these results; writes plots unless there is no folder for them."""
     known = {section.name for section in SECTIONS}
-    gpu = [n for n in documents if n.startswith("gpu_")]
-    others = [n for n in documents if n not in known and n not in gpu]
-    sections = [
-        *SECTIONS,
-        *(Section(name, f"On a GPU: {_words(name.removeprefix('gpu_'))}") for name in gpu),
-        *(Section(name, _words(name).capitalize()) for name in others),
-    ]
+    others = [_section_of(name) for name in documents if name not in known]
+    sections = [*SECTIONS, *others]
     parts = [
         _section(section, documents[section.name], plot_folder)
         for section in sections
         if section.name in documents
     ]
     return "\n".join([INTRODUCTION, *parts])
+
+
+def _section_of(name: str) -> Section:
+    """How a result is shown that is not in `SECTIONS`: by the name of its benchmark, or plainly."""
+    benchmark, _, what = name.partition("_")
+    if benchmark == "gpu":
+        return Section(name, f"On a GPU: {_words(what) or 'a checkpoint'}", tables.gpu)
+    if name.startswith("perf_analyzer_"):
+        title = f"perf_analyzer: {name.removeprefix('perf_analyzer_')}"
+        return Section(name, title, tables.perf_analyzer, plots.perf_analyzer)
+    return Section(name, _words(name).capitalize())
 
 
 def _section(section: Section, document: dict, plot_folder: Path | None) -> str:
@@ -118,13 +132,17 @@ def _section(section: Section, document: dict, plot_folder: Path | None) -> str:
 
 
 def purpose(name: str) -> str:
-    """Why a benchmark's number matters, in the words of its file; empty where there is none."""
+    """Why a benchmark's number matters, in the words of its file; empty where there is none.
+
+    A result may be called after its benchmark and what it measured: `gpu_sdxl` is from `gpu.py`.
+    """
     for path in (BENCH / f"{name}.py", BENCH / name / "__main__.py"):
         if path.is_file():
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             told = [part for part in text.split("\n\n")[1:] if "python -m" not in part]
             return "\n\n".join(told)
-    return ""
+    shorter = name.rpartition("_")[0]
+    return purpose(shorter) if shorter else ""
 
 
 def _where(document: dict) -> str:

@@ -145,6 +145,48 @@ def transports(result: dict) -> str:
     return f"{result['request']}.\n\n{table(columns, rows)}"
 
 
+def gpu(result: dict) -> str:
+    """One checkpoint on a GPU: served in both ways, the bare UNet, and diffusers if it was run."""
+    if not {"loop", "bare_unet"} <= set(result):
+        return plain(result)
+    ways = {
+        "one at a time": result["loop"].get("one_at_a_time"),
+        "together": result["loop"].get("together"),
+        "one at a time, UNet over BLS": result.get("bls", {}).get("one_at_a_time"),
+        "diffusers' own pipeline": result.get("diffusers"),
+    }
+    rows = [
+        [
+            f"{words}, {way['concurrency']} at a time" if "concurrency" in way else words,
+            way.get("images_per_second", 1e3 / way["p50_ms"]),
+            way["p50_ms"],
+            way["p99_ms"],
+            way.get("stages_ms", {}).get("loop"),
+            way.get("stages_ms", {}).get("vae_decode"),
+            way.get("mean_batch_rows"),
+        ]
+        for words, way in ways.items()
+        if way
+    ]
+    columns = ["", "images/s", "p50 ms", "p99 ms", "loop ms", "VAE ms", "UNet rows"]
+    bare = [[rows_, point["ms"]] for rows_, point in result["bare_unet"].items()]
+    starts = [
+        [_words(where), result[where]["assemble_s"], result[where]["ready_s"]]
+        for where in ("loop", "bls")
+        if "ready_s" in result.get(where, {})
+    ]
+    return "\n\n".join(
+        [
+            f"{result['request']}. The loop takes {result['loop_over_bare_unet']:.2f} × the time of"
+            f" its UNet calls alone; together {result['together_over_one']:.2f} × the pictures a"
+            " second.",
+            table(columns, rows),
+            table(["UNet rows", "bare UNet ms"], bare),
+            table(["UNet", "assembling s", "ready after s"], starts),
+        ]
+    )
+
+
 def advance(result: dict) -> str:
     """Milliseconds by latent size and slots."""
     measured = {(r["latent"], r["slots"]): r for r in result["advance"]}

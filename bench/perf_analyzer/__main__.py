@@ -51,7 +51,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with _served(arguments) as sweep, tempfile.TemporaryDirectory() as folder:
-        store("perf_analyzer", sweep.run(Path(folder)))
+        name = f"perf_analyzer_{arguments.pipeline}" if arguments.server else "perf_analyzer"
+        store(name, sweep.run(Path(folder)), benchmark="perf_analyzer")
 
 
 @contextlib.contextmanager
