@@ -1,4 +1,4 @@
-"""The command line: `fullpipe generate | models | assemble | serve | check`.
+"""The command line: `fullpipe generate | models | assemble | serve | check | keys | gateway`.
 
 Commands that need torch or the embedded server import them when they run, so that `generate` and
 `models` work where only the client is installed.
@@ -16,8 +16,10 @@ from pathlib import Path
 
 from fullpipe import __version__, assemble_command
 from fullpipe.assemble_command import REPOSITORY
-from fullpipe.client import DEFAULT_PIPELINE, DEFAULT_TIMEOUT_S, DEFAULT_URL, Client, Pipeline
+from fullpipe.client import DEFAULT_PIPELINE, DEFAULT_TIMEOUT_S, Client, Pipeline
+from fullpipe.connection import DEFAULT_URL
 from fullpipe.errors import PipelineError, SetupError
+from fullpipe.gateway_commands import FOLDER, add_gateway, add_keys
 from fullpipe.generate import add_options, generate, read_options
 
 
@@ -61,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_assemble(commands)
     _add_serve(commands)
     _add_check(commands)
+    add_keys(commands)
+    add_gateway(commands)
     return parser
 
 
@@ -79,7 +83,11 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 def _add_server_options(command: argparse.ArgumentParser) -> None:
     server = command.add_argument_group("server")
-    server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s")
+    server.add_argument(
+        "--url",
+        help=f"default: $FULLPIPE_URL, else {DEFAULT_URL}; the key is $FULLPIPE_API_KEY, the"
+        " certificate to trust is the file $FULLPIPE_CA_CERT",
+    )
     server.add_argument(
         "--pipeline", default=DEFAULT_PIPELINE, metavar="NAME", help="default: %(default)s"
     )
@@ -137,6 +145,19 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         help="default: ./repository, made of the demo checkpoint if it is not there",
     )
     _add_place_options(command)
+    command.add_argument(
+        "--gateway",
+        nargs="?",
+        type=Path,
+        const=FOLDER,
+        metavar="DIR",
+        help="also start the gateway of this folder (default: %(const)s), which HAProxy runs",
+    )
+    command.add_argument(
+        "--sealed",
+        action="store_true",
+        help="inner models and control APIs answer nobody outside; --gateway does it too",
+    )
     command.add_argument("--verbose", action="store_true", help="show all of Triton's log")
 
 
@@ -193,11 +214,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> int:
-    pipelines = _client(args).pipelines()
+    client = _client(args)
+    pipelines = client.pipelines()
     if args.json:
         print(json.dumps([vars(pipeline) for pipeline in pipelines], indent=2))
     elif not pipelines:
-        return _fail(f"{args.url} serves no pipeline; make one with `fullpipe assemble`")
+        return _fail(f"{client.url} serves no pipeline; make one with `fullpipe assemble`")
     else:
         print("\n\n".join(map(_describe, pipelines)))
     return 0
@@ -231,6 +253,7 @@ def _listed(names: Sequence[str], default: str) -> str:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from fullpipe.seal import sealed
     from fullpipe.serve import serve
     from fullpipe.server import ServerConfig
 
@@ -243,7 +266,9 @@ def _serve(args: argparse.Namespace) -> int:
         triton=args.triton,
         log_level="verbose" if args.verbose else "info",
     )
-    return serve(config)
+    if args.sealed or args.gateway:
+        config = sealed(config)
+    return serve(config, gateway=args.gateway)
 
 
 def _demo_repository() -> Path:

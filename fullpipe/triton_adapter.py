@@ -20,6 +20,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
+from fullpipe.seal import check_seal, seal_parameters
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ def call_model(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
         model_name=model,
         requested_output_names=list(outputs),
         inputs=[tensor(name, value) for name, value in inputs.items()],
+        parameters=seal_parameters(),
     ).exec()
     if answer.has_error():
         message = answer.error().message()
@@ -166,12 +168,20 @@ def first_string(output: Any) -> str:
 
 
 def run_stage(
-    requests: Sequence[Any], stage: Callable[[dict[str, np.ndarray]], Mapping[str, Any]]
+    requests: Sequence[Any],
+    stage: Callable[[dict[str, np.ndarray]], Mapping[str, Any]],
+    is_open: bool = False,
 ) -> list[Any]:
-    """Answer each request of an ordinary model by itself, so one bad request fails alone."""
+    """Answer each request of an ordinary model by itself, so one bad request fails alone.
+
+    Args:
+        is_open: take calls from anybody, also on a sealed server; see `fullpipe.seal`.
+    """
     responses = []
     for request in requests:
         try:
+            if not is_open:
+                check_seal(request.parameters())
             responses.append(response(stage(read_inputs(request))))
         except Exception as error:
             responses.append(error_response(error))

@@ -24,12 +24,14 @@ class TritonPythonModel:
                     f" allowed: {', '.join(STAGES)}"
                 )
             self._stage = STAGES[config.stage](folder, config)
+            # Ensembles call the picture encoder, and no word travels along with theirs.
+            self._is_open = config.stage == "image_encoder"
         except SetupError as error:
             raise triton.abort_loading(error) from error
 
     def execute(self, requests):
         """Answer each request by itself."""
-        return triton.run_stage(requests, self._stage)
+        return triton.run_stage(requests, self._stage, self._is_open)
 
 
 def text_encoder(folder, config):
