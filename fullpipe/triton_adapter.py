@@ -33,6 +33,7 @@ METRICS = {
     "fullpipe_requests_total": ("COUNTER", "Requests answered, by outcome"),
     "fullpipe_stage_milliseconds_total": ("COUNTER", "Milliseconds spent, by stage"),
     "fullpipe_stage_count_total": ("COUNTER", "Requests that passed a stage"),
+    "fullpipe_result_cache_total": ("COUNTER", "Look-ups of whole results, by result"),
     "fullpipe_open_jobs": ("GAUGE", "Requests that are not answered yet"),
     "fullpipe_queued_images": ("GAUGE", "Images that wait for a slot"),
     "fullpipe_slots_in_use": ("GAUGE", "Images in the denoising loop"),
@@ -237,6 +238,10 @@ class TritonMetrics:
         """See `Observer`."""
         self._add("fullpipe_requests_total", 1, "outcome", code)
 
+    def result_cache(self, result: str) -> None:
+        """One look-up of a whole result; see `fullpipe.cache_store.RedisStore.get`."""
+        self._add("fullpipe_result_cache_total", 1, "result", result)
+
     def waiting(self, open_jobs: int, queued_images: int, slots: int) -> None:
         """See `Observer`; negative numbers leave a gauge as it is."""
         with self._guard:
@@ -283,6 +288,21 @@ class TritonMetrics:
             labels = {"pipeline": self._pipeline, **({label: label_value} if label else {})}
             self._metrics[key] = self._families[name].Metric(labels=labels)
         return self._metrics[key]
+
+
+def counter(name: str, description: str, label: str, **labels: str) -> Callable[[str], None]:
+    """A counter of a stage, by one label's value; for the thread of `execute` alone."""
+    family = pb_utils.MetricFamily(
+        name=name, description=description, kind=pb_utils.MetricFamily.COUNTER
+    )
+    metrics: dict[str, Any] = {}
+
+    def count(value: str) -> None:
+        if value not in metrics:
+            metrics[value] = family.Metric(labels={**labels, label: value})
+        metrics[value].increment(1)
+
+    return count
 
 
 def parameters(args: Mapping[str, str]) -> dict[str, str]:

@@ -37,6 +37,10 @@ class TritonPythonModel:
 def text_encoder(folder, config):
     """prompt, negative_prompt, clip_skip → the four tensors of `PromptEncoder.encode`."""
     dtype = stage_dtype(config)
+    import torch
+
+    from fullpipe import __version__
+    from fullpipe.cache_embeddings import cached
     from fullpipe.text import PromptEncoder
 
     execute = {}
@@ -53,10 +57,21 @@ def text_encoder(folder, config):
         embeddings_folder=embeddings if embeddings.is_dir() else None,
         **execute,
     )
+    encode = cached(
+        encoder.encode,
+        folder,
+        facts=(__version__, torch.__version__, config.engine, config.device, dtype),
+        count=triton.counter(
+            "fullpipe_embedding_cache_total",
+            "Look-ups of embeddings in the shared cache, by result",
+            "result",
+            model=folder.parent.name,
+        ),
+    )
 
     def stage(inputs):
         clip_skip = inputs.get("clip_skip")
-        return encoder.encode(
+        return encode(
             triton.text("prompt", inputs["prompt"]),
             triton.text("negative_prompt", inputs.get("negative_prompt")),
             None if clip_skip is None else int(clip_skip[0]),

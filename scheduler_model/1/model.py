@@ -12,7 +12,9 @@ import threading
 import numpy as np
 import torch
 
+from fullpipe import __version__
 from fullpipe import triton_adapter as triton
+from fullpipe.cache_results import results_from_environment
 from fullpipe.config import PipelineConfig
 from fullpipe.engines import Engine
 from fullpipe.engines.loading import load_unet
@@ -44,6 +46,10 @@ class TritonPythonModel:
             raise triton.abort_loading(error) from error
         self._metrics = triton.TritonMetrics(config.name)
         self._pipeline = Pipeline(config, unets, BlsStages(config), self._metrics, end_process)
+        self._results = results_from_environment(
+            self._pipeline.call, repr((config, __version__)), self._metrics.result_cache
+        )
+        self._call = self._results.call if self._results else self._pipeline.call
 
     def execute(self, requests):
         """Queue; the answers come later."""
@@ -52,6 +58,8 @@ class TritonPythonModel:
 
     def finalize(self):
         """Answer what is open and end the threads."""
+        if self._results:
+            self._results.close()
         self._pipeline.close()
         self._metrics.close()
 
@@ -72,7 +80,7 @@ class TritonPythonModel:
                     },
                 )
 
-        self._pipeline.call(inputs, reply)
+        self._call(inputs, reply)
 
 
 NO_IMAGES = np.zeros((0, 0, 0, 3), np.uint8)
