@@ -158,6 +158,11 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="inner models and control APIs answer nobody outside; --gateway does it too",
     )
+    command.add_argument(
+        "--traces",
+        metavar="URL",
+        help="send OpenTelemetry spans to this collector (http://HOST:4318/v1/traces)",
+    )
     command.add_argument("--verbose", action="store_true", help="show all of Triton's log")
 
 
@@ -256,6 +261,7 @@ def _serve(args: argparse.Namespace) -> int:
     from fullpipe.seal import sealed
     from fullpipe.serve import serve
     from fullpipe.server import ServerConfig
+    from fullpipe.traces import traced
 
     config = ServerConfig(
         repository=args.repository or _demo_repository(),
@@ -268,6 +274,8 @@ def _serve(args: argparse.Namespace) -> int:
     )
     if args.sealed or args.gateway:
         config = sealed(config)
+    if args.traces:
+        config = traced(config, args.traces)
     return serve(config, gateway=args.gateway)
 
 

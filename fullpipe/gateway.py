@@ -49,7 +49,7 @@ def write_gateway(folder: Path, repository: Path, config: GatewayConfig) -> Path
         paths[f"POST{GRPC}/ModelStreamInfer"] = "grpc-stream|"
     KeyFile(folder / FILE_NAME).make()
     if not (folder / "tls.pem").exists():
-        make_certificate(folder / "tls.pem")
+        make_certificate(folder / "tls.pem", config.server_names)
     _write_map(folder / "paths.map", paths)
     _write_map(folder / "models.map", served.models)
     index = [{"name": name, "version": "1", "state": "READY"} for name in served.pipelines]

@@ -62,6 +62,7 @@ class GatewayConfig:
         bind: address and port for clients.
         metrics_bind: address and port for Prometheus; no key is asked there.
         replicas: the servers behind.
+        server_names: DNS names in a certificate that is made here; see `make_certificate`.
         allowed_addresses: CIDR blocks of clients; empty allows all.
         jwt: tokens, if any.
         max_body_bytes: of one request; two pictures of 16 MiB in base64 fit the default.
@@ -81,6 +82,7 @@ class GatewayConfig:
     bind: str = "127.0.0.1:8443"
     metrics_bind: str = "127.0.0.1:8404"
     replicas: list[Replica] = dataclasses.field(default_factory=list)
+    server_names: list[str] = dataclasses.field(default_factory=lambda: ["localhost"])
     allowed_addresses: list[str] = dataclasses.field(default_factory=list)
     jwt: Jwt = dataclasses.field(default_factory=Jwt)
     max_body_bytes: int = 48 << 20

@@ -303,7 +303,6 @@ class Pipeline:
                     f" leave {name} out"
                 )
             contract.check_size(name, got, limits)
-        contract.check_built(width, height, limits)
         if count > limits.max_batch_size:
             raise InvalidRequest(f"{count} start images, allowed {limits.max_batch_size}")
         if request.batch_size > 1 and count > 1 and count != request.batch_size:

@@ -33,6 +33,9 @@ def sealed(config: ServerConfig) -> ServerConfig:
         env={**config.env, VARIABLE: secrets.token_urlsafe(32)},
         flags=(
             *config.flags,
+            # The gateway's name for a request becomes the job's; see `triton_adapter.add_job_id`.
+            "--http-header-forward-pattern=(?i)x-request-id",
+            "--grpc-header-forward-pattern=(?i)x-request-id",
             f"--http-restricted-api={CLOSED_APIS}:fullpipe-closed={nobody}",
             f"--grpc-restricted-protocol={CLOSED_APIS}:fullpipe-closed={nobody}",
         ),

@@ -83,6 +83,25 @@ def read_inputs(request: Any) -> dict[str, np.ndarray]:
     return {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
 
 
+def trace_context(request: Any) -> str | None:
+    """The trace that a request belongs to, as JSON with a traceparent; None without one."""
+    trace = request.trace()
+    return trace.get_context() if trace is not None else None
+
+
+def add_job_id(request: Any, inputs: dict[str, np.ndarray]) -> None:
+    """Name a job after the request's X-Request-Id where it has no name of its own.
+
+    So the gateway's log and the loop's know it by one name. Triton hands the header over when it is
+    started with `--http-header-forward-pattern`.
+    """
+    if "job_id" in inputs or "op" in inputs:
+        return
+    for name, value in json.loads(request.parameters() or "{}").items():
+        if name.lower() == "x-request-id" and isinstance(value, str) and value:
+            inputs["job_id"] = np.array([value.encode()], dtype=object)
+
+
 def tensor(name: str, value: Any) -> Any:
     """A Triton tensor of a str, a list of str, a numpy array or a torch tensor."""
     if isinstance(value, str):

@@ -36,12 +36,11 @@ class TritonPythonModel:
 
 def text_encoder(folder, config):
     """prompt, negative_prompt, clip_skip → the four tensors of `PromptEncoder.encode`."""
+    dtype = stage_dtype(config)
     import torch
 
     from fullpipe import __version__
     from fullpipe.cache_embeddings import cached
-
-    dtype = stage_dtype(config)
     from fullpipe.text import PromptEncoder
 
     execute = {}

@@ -20,6 +20,7 @@ from fullpipe.engines import Engine
 from fullpipe.engines.loading import load_unet
 from fullpipe.errors import SetupError
 from fullpipe.pipeline import Pipeline
+from fullpipe.traces import LoopTraces
 
 EMBEDS = (
     "prompt_embeds",
@@ -45,17 +46,20 @@ class TritonPythonModel:
         except SetupError as error:
             raise triton.abort_loading(error) from error
         self._metrics = triton.TritonMetrics(config.name)
+        self._traces = LoopTraces.from_environment(config.name)
         self._pipeline = Pipeline(config, unets, BlsStages(config), self._metrics, end_process)
-        facts = (config.name, config.checkpoint.digest, config.loop, config.defaults, __version__)
         self._results = results_from_environment(
-            self._pipeline.call, repr(facts), self._metrics.result_cache
+            self._pipeline.call, repr((config, __version__)), self._metrics.result_cache
         )
         self._call = self._results.call if self._results else self._pipeline.call
 
     def execute(self, requests):
         """Queue; the answers come later."""
         for request in requests:
-            self._take(request.get_response_sender(), triton.read_inputs(request))
+            context = triton.trace_context(request) if self._traces else None
+            inputs = triton.read_inputs(request)
+            triton.add_job_id(request, inputs)
+            self._take(request.get_response_sender(), inputs, context)
 
     def finalize(self):
         """Answer what is open and end the threads."""
@@ -63,8 +67,10 @@ class TritonPythonModel:
             self._results.close()
         self._pipeline.close()
         self._metrics.close()
+        if self._traces:
+            self._traces.close()
 
-    def _take(self, sender, inputs):
+    def _take(self, sender, inputs, context):
         def reply(outcome):
             if isinstance(outcome, Exception):
                 triton.send_last(sender, outcome)
@@ -80,6 +86,8 @@ class TritonPythonModel:
                         "event": "",
                     },
                 )
+                if self._traces:
+                    self._traces.finished(context, outcome.info)
 
         self._call(inputs, reply)
 
