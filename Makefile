@@ -5,8 +5,10 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
+# PYTHONWARNINGS: setuptools warns of every editable installation.
+INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test lint format bench clean
+.PHONY: setup demo serve test lint format bench bench-all clean
 
 setup: $(VENV)/ready
 
@@ -15,8 +17,17 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@echo "setup: installing torch, diffusers and NVIDIA's tritonserver into $(VENV); this takes a minute"
-	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --editable '.[server]'
+	touch $@
+
+$(VENV)/ready-to-test: $(VENV)/ready
+	@echo "setup: installing what the tests and linters need"
+	$(INSTALL) --editable '.[test,lint]'
+	touch $@
+
+$(VENV)/ready-to-bench: $(VENV)/ready
+	$(INSTALL) --editable '.[bench]'
 	touch $@
 
 demo: setup
@@ -25,15 +36,26 @@ demo: setup
 serve: setup
 	$(BIN)/fullpipe serve
 
-test: setup
+test: $(VENV)/ready-to-test
 	$(BIN)/python -m pytest
 
-lint: setup
+# Both want a machine with nothing else to do, and make bench/README.md and the README's figures anew.
+# `bench` takes about 6 minutes on 2 cores, `bench-all` half an hour.
+bench: $(VENV)/ready-to-bench
+	$(BIN)/python -m bench.perf_analyzer
+	$(BIN)/python -m bench.report
+
+bench-all: $(VENV)/ready-to-bench
+	set -e; for name in continuous perf_analyzer concurrency overhead diffusers_pipeline unet_apart \
+	  transports startup soak advance demo_quality; do $(BIN)/python -m bench.$$name; done
+	$(BIN)/python -m bench.report
+
+lint: $(VENV)/ready-to-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: setup
+format: $(VENV)/ready-to-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

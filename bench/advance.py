@@ -1,9 +1,10 @@
-"""What a sampler step costs the loop, by the number of slots; writes bench/results/advance.json.
+"""What a sampler step costs the loop, by the number of slots.
 
-Run it as `python -m bench.advance [--device cuda]`. The loop advances any mix of samplers at once,
-so what the host does must not grow with the batch: `operations` counts what it launches, and a
-latent of size 1 times little but those launches. The rest is arithmetic, the device's part.
-Compare the figures of one run with each other, not with another machine's.
+The numbers matter because the loop advances any mix of samplers at once, so what the host does
+must not grow with the batch: `operations` counts what it launches, and a latent of size 1 times
+little but those launches. The rest is arithmetic, the device's part.
+
+    python -m bench.advance [--device cuda]
 """
 
 from __future__ import annotations

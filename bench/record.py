@@ -17,11 +17,15 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "nvidia-pytriton", "tritonclient")
 
 
-def store(name: str, result: dict) -> None:
-    """Write bench/results/NAME.json and print it as the last line of the benchmark."""
+def store(name: str, result: dict, benchmark: str = "") -> None:
+    """Write bench/results/NAME.json and print it as the last line of the benchmark.
+
+    Args:
+        benchmark: whose result it is, if its name is another: `python -m bench.BENCHMARK`.
+    """
     document = {
         "benchmark": name,
-        "command": shlex.join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"bench.{benchmark or name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine(),
         "versions": versions(),

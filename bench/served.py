@@ -7,12 +7,14 @@ import itertools
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fullpipe.assemble import Choices, assemble
 from fullpipe.config import PipelineConfig
+from fullpipe.errors import Unavailable
 from fullpipe.server import ServerConfig, TritonServer
 
 CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
@@ -22,11 +24,18 @@ BACKGROUNDS = ("white", "black", "cyan")
 
 
 @contextlib.contextmanager
-def served_demo(choices: Choices | None = None) -> Iterator[tuple[TritonServer, PipelineConfig]]:
-    """The demo pipeline on a real Triton Inference Server on free ports, quiet but for errors."""
+def served_demo(
+    choices: Choices | None = None, *more: Choices
+) -> Iterator[tuple[TritonServer, PipelineConfig]]:
+    """The demo pipeline on a real Triton Inference Server on free ports, quiet but for errors.
+
+    `more` are further pipelines of it, each by the name in its choices.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         repository = Path(folder) / "repository"
         config = assemble(CHECKPOINT, repository, choices)
+        for further in more:
+            assemble(CHECKPOINT, repository, further)
         settings = ServerConfig(
             repository, http_port=0, grpc_port=0, metrics_port=0, log_level="error"
         )
@@ -72,3 +81,28 @@ def load(
         for future in [pool.submit(worker) for _ in range(concurrency)]:
             future.result()
     return time.perf_counter() - started, seconds, results
+
+
+def read_metrics(url: str, label: str = "") -> dict[str, float]:
+    """Prometheus metrics, summed over their labels; none where `url` is empty.
+
+    Args:
+        label: count only those that have it, for example `pipeline="full_pipeline"`.
+
+    Raises:
+        Unavailable: nobody answers there.
+    """
+    if not url:
+        return {}
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError as error:
+        raise Unavailable(f"no metrics at {url}: {error}") from None
+    sums: dict[str, float] = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#") and label in line:
+            name, _, value = line.rpartition(" ")
+            name = name.partition("{")[0]
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return sums

@@ -1,60 +1,52 @@
 """`fullpipe assemble`: a checkpoint becomes a complete Triton model repository, or nothing does.
 
-The templates in `scheduler_model/`, `ensemble/` and `model_repository/` carry Triton's facts; the
-contract supplies inputs and outputs; the checkpoint supplies everything else. Configurations go
-through Triton's own protobuf schema, so a typing error fails here and not at load.
+Everything is built in a folder beside the repository and moved in at the end, so that neither a
+damaged checkpoint, a full disk nor Ctrl-C leaves a half of a pipeline behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-import json
-import os
+import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
-
-from fullpipe import __version__, contract
-from fullpipe.config import (
-    Checkpoint,
-    Defaults,
-    Limits,
-    LoopSettings,
-    ModelNames,
-    PipelineConfig,
-    StageConfig,
-)
+from fullpipe.checkpoints.folder import LAYOUT, read_checkpoint, read_defaults
+from fullpipe.checkpoints.single_file import convert_single_file
+from fullpipe.config import Defaults, Limits, LoopSettings, ModelNames, PipelineConfig
+from fullpipe.engines import onnx_engine, tensorrt_build
+from fullpipe.engines.building import build_stages, build_unet
+from fullpipe.engines.tensorrt_library import library
 from fullpipe.errors import SetupError
+from fullpipe.repository import PARAMETER, PLAIN_NAME, model_names, use_native_plans, write_models
 from fullpipe.samplers import SAMPLERS
 from fullpipe.schedulers import SCHEDULERS
-from fullpipe.source_files import source_root
-from fullpipe.stages import VaeEncoder
 
-PLAIN_NAME = "full_pipeline"
-PARAMETER = "fullpipe_pipeline"
-_STAGE_FOLDERS = {
-    "text_encoder": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "embeddings"),
-    "unet": ("unet",),
-    "vae_decoder": ("vae",),
-    "vae_encoder": ("vae",),
-    "image_encoder": (),
-}
+__all__ = ["PARAMETER", "PLAIN_NAME", "Choices", "assemble", "model_names"]
+
+_FIXED_SHAPES = ("compiled", "tensorrt")
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What the operator decides; everything else is read from the checkpoint."""
+    """What the operator decides; everything else is read from the checkpoint.
+
+    Attributes:
+        limits: `max_size_px` 0 stands for half as much again as the native size.
+        defaults: of requests, by the names of `Defaults`, where the checkpoint's are not wanted.
+        stage_threads: of torch in each stage, 0 = torch's own choice.
+    """
 
     name: str = PLAIN_NAME
     limits: Limits = dataclasses.field(default_factory=Limits)
     loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stage_threads: int = 0
 
 
@@ -63,261 +55,170 @@ def assemble(
     out: Path,
     choices: Choices | None = None,
     report: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> PipelineConfig:
     """Write pipeline `choices.name` into the repository `out`, beside pipelines already there.
 
     Args:
-        checkpoint: a diffusers folder.
+        checkpoint: a diffusers folder, or a single .safetensors file of SD1.x, SD2.x or SDXL.
         out: the repository; made if missing. Models of the same name are replaced.
-        report: gets a line per model, for progress.
+        report: gets a line per step and per model.
+        progress: gets a step's name, bytes done and bytes in all.
     Raises:
-        SetupError: the checkpoint is incomplete or `out` cannot be written; `out` is unchanged.
+        SetupError: the checkpoint is incomplete, the engine cannot be built or `out` cannot be
+            written; `out` is unchanged.
     """
     choices = choices or Choices()
-    names = model_names(choices.name)
-    config = PipelineConfig(
-        name=choices.name,
-        checkpoint=read_checkpoint(checkpoint),
-        defaults=_defaults(checkpoint),
-        limits=choices.limits,
-        loop=choices.loop,
-        models=ModelNames(
-            **{field.name: names[field.name] for field in dataclasses.fields(ModelNames)}
-        ),
-    )
+    if not checkpoint.exists():
+        raise SetupError(f"{checkpoint} is missing; {LAYOUT}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".assemble-") as building:
-            folder = Path(building)
-            _write_loop(folder, checkpoint, config, names)
-            _write_stages(folder, checkpoint, config, names, choices.stage_threads)
-            _write_ensemble(folder, config, names)
-            _write_stream(folder, names)
-            written = {model.name for model in folder.iterdir()}
-            for model in sorted(folder.iterdir()):
-                report(model.name)
-                shutil.rmtree(out / model.name, ignore_errors=True)
-                model.rename(out / model.name)
-            for part in names.values():  # what another choice had left there before
-                if part not in written:
-                    shutil.rmtree(out / part, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".assemble-") as work:
+            folder = checkpoint
+            if checkpoint.is_file():
+                folder = Path(work) / "checkpoint"
+                kind = convert_single_file(
+                    checkpoint, folder, lambda *bytes_: progress("converting", *bytes_)
+                )
+                report(f"{checkpoint.name}: {kind}")
+            config = _config(folder, choices, progress)
+            models = Path(work) / "models"
+            models.mkdir()
+            write_models(models, folder, config, choices.stage_threads)
+            names = model_names(config.name)
+            part = names["scheduler_model" if config.loop.unet == "loop" else "unet"]
+            rebuild = command_line(checkpoint, out, config, choices.defaults)
+            build_unet(models / part / "1" / "unet", config, rebuild, report)
+            build_stages(models, config, rebuild, report)
+            if config.loop.unet == "plan":
+                use_native_plans(models, config)
+            written = sorted(model.name for model in models.iterdir())
+            _install(models, out, Path(work) / "replaced", list(names.values()))
+            for name in written:
+                report(name)
     except OSError as error:
         raise SetupError(f"{out} cannot be written: {error}") from error
     return config
 
 
-def model_names(name: str) -> dict[str, str]:
-    """Served name of every part; the plain pipeline's parts have plain names."""
-    prefix = "" if name == PLAIN_NAME else f"{name}_"
-    parts = {part: f"{prefix}{part}" for part in ("scheduler_model", *_STAGE_FOLDERS)}
-    return {**parts, "full_pipeline": name, "full_pipeline_stream": f"{name}_stream"}
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Everything the loop must know of a diffusers folder, from its own files.
-
-    Raises:
-        SetupError: it is no diffusers folder, or a part is missing.
-    """
-    if folder.is_file():
-        raise SetupError(f"{folder} is a single file; needed is a folder in diffusers' layout")
-    index = read_json(folder / "model_index.json")
-    unet = read_json(folder / "unet" / "config.json")
-    vae = read_json(folder / "vae" / "config.json")
-    weights = sorted(folder.glob("*/*.safetensors"))
-    if not weights:
-        raise SetupError(f"{folder} holds no *.safetensors weights")
-    is_sdxl = "XL" in index["_class_name"] or unet.get("addition_embed_type") == "text_time"
-    pooled_dim = 0
-    if is_sdxl:  # the rest of the UNet's added conditions are six embedded sizes
-        added = int(unet["projection_class_embeddings_input_dim"])
-        pooled_dim = added - 6 * int(unet["addition_time_embed_dim"])
-    return Checkpoint(
-        digest=_digest(weights),
-        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
-        latent_channels=int(vae["latent_channels"]),
-        vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
-        scaling_factor=float(vae["scaling_factor"]),
-        latent_rgb=fit_latent_rgb(folder / "vae", float(vae["scaling_factor"])),
-        embed_dim=int(unet["cross_attention_dim"]),
-        pooled_dim=pooled_dim,
-        is_sdxl=is_sdxl,
-    )
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file of a checkpoint; raises SetupError naming it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SetupError(
-            f"{path} cannot be read ({error}); needed is a folder in diffusers' layout"
-        ) from None
-
-
-def fit_latent_rgb(vae: Path, scaling_factor: float) -> list[list[float]]:
-    """Fit the map from latents to colour by which previews are drawn.
-
-    Random pictures, smooth and of flat patches, are encoded, and colour is fitted to the latents by
-    least squares.
-
-    Returns:
-        [latent channels + 1][3], the last row is the offset; colours in -1 … 1.
-    """
-    generator = torch.Generator().manual_seed(0)
-    smooth = torch.nn.functional.interpolate(
-        torch.rand(8, 3, 8, 8, generator=generator), size=(128, 128), mode="bilinear"
-    )
-    patches = torch.rand(24, 3, 2, 2, generator=generator) * 1.6 - 0.3
-    flat = torch.nn.functional.interpolate(patches.clamp(0, 1), size=(128, 128))
-    pictures = torch.cat([smooth, flat])
-    pixels = (pictures * 255).to(torch.uint8).permute(0, 2, 3, 1)
-    latents = VaeEncoder(vae).encode(pixels) * scaling_factor
-    colours = torch.nn.functional.interpolate(pictures, size=latents.shape[2:], mode="area") * 2 - 1
-    known = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).double().numpy()
-    wanted = colours.permute(0, 2, 3, 1).reshape(-1, 3).double().numpy()
-    known = np.concatenate([known, np.ones((len(known), 1))], axis=1)
-    solution, *_ = np.linalg.lstsq(known, wanted, rcond=None)
-    return [[round(float(value), 6) for value in row] for row in solution]
-
-
-def _digest(weights: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in weights:
-        digest.update(f"{path.parent.name}/{path.name}".encode())
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 22), b""):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def _defaults(checkpoint: Path) -> Defaults:
-    unet = read_json(checkpoint / "unet" / "config.json")
-    vae = read_json(checkpoint / "vae" / "config.json")
-    native = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    return Defaults(width=native, height=native)
-
-
-def _write_loop(
-    folder: Path, checkpoint: Path, config: PipelineConfig, names: dict[str, str]
-) -> None:
-    template = source_root() / "scheduler_model"
-    model = _template_config(template / "config.pbtxt", names["scheduler_model"])
-    _declare(model.input, contract.LOOP_INPUTS)
-    _declare(model.output, contract.LOOP_OUTPUTS)
-    version = _write_model(folder, model)
-    shutil.copy(template / "1" / "model.py", version)
-    config.save(version / "pipeline.json")
-    if config.loop.unet == "loop":
-        _link_folder(checkpoint / "unet", version / "unet")
-
-
-def _write_stages(
-    folder: Path,
-    checkpoint: Path,
-    config: PipelineConfig,
-    names: dict[str, str],
-    threads: int,
-) -> None:
-    for stage, parts in _STAGE_FOLDERS.items():
-        if stage == "unet" and config.loop.unet == "loop":
-            continue
-        template = source_root() / "model_repository" / stage / "config.pbtxt"
-        version = _write_model(folder, _template_config(template, names[stage]))
-        # ComfyUI computes embeddings in fp32 on every device, and they cost next to nothing.
-        dtype = "float32" if stage == "text_encoder" else config.loop.dtype
-        StageConfig(stage, config.loop.device, dtype, threads).save(version / "stage.json")
-        for part in parts:
-            if (checkpoint / part).is_dir():
-                _link_folder(checkpoint / part, version / part)
-
-
-def _write_ensemble(folder: Path, config: PipelineConfig, names: dict[str, str]) -> None:
-    template = source_root() / "ensemble" / "full_pipeline" / "config.pbtxt"
-    model = _template_config(template, names["full_pipeline"])
-    _declare(model.input, contract.PICTURE_INPUTS)
-    _declare(model.output, contract.PICTURE_OUTPUTS)
-    loop = model.ensemble_scheduling.step.add()
-    loop.model_name, loop.model_version = names["scheduler_model"], -1
-    for tensor in contract.PICTURE_INPUTS:
-        loop.input_map[tensor.name] = tensor.name
-    loop.output_map["images"] = "pixels"
-    loop.output_map["info"] = "info"
-    encoder = model.ensemble_scheduling.step.add()
-    encoder.model_name, encoder.model_version = names["image_encoder"], -1
-    encoder.input_map["images"] = "pixels"
-    encoder.input_map["output_format"] = "output_format"
-    encoder.output_map["image"] = "image"
-    encoder.output_map["images"] = "images"
-    facts = {
-        "samplers": list(SAMPLERS),
-        "schedulers": list(SCHEDULERS),
-        "defaults": dataclasses.asdict(config.defaults),
-        "limits": dataclasses.asdict(config.limits),
-        "checkpoint": config.checkpoint.digest,
-        "version": __version__,
-        "stream": names["full_pipeline_stream"],
-        "scheduler_model": names["scheduler_model"],
-        "models": {
-            part: names[part]
-            for part in _STAGE_FOLDERS
-            if part != "unet" or config.loop.unet == "bls"
-        },
-        # What a client needs to know of the networks to run its own loop over them.
-        "network": {
-            key: value
-            for key, value in dataclasses.asdict(config.checkpoint).items()
-            if key not in ("digest", "latent_rgb")
-        },
+def command_line(
+    checkpoint: Path, out: Path, config: PipelineConfig, defaults: Mapping[str, Any]
+) -> str:
+    """The command that assembles this pipeline again, for messages about its engine."""
+    loop, limits = config.loop, config.limits
+    options = {
+        "name": config.name,
+        "out": str(out),
+        "device": loop.device,
+        "engine": loop.engine,
+        "precision": loop.precision,
+        "sizes": ",".join(f"{width}x{height}" for width, height in loop.sizes),
+        "unet": loop.unet,
+        "defaults": ",".join(f"{name}={value}" for name, value in defaults.items()),
+        "max-size": str(limits.max_size_px),
+        "max-batch": str(limits.max_batch_size),
+        "max-rows": str(loop.max_rows),
     }
-    model.parameters[PARAMETER].string_value = json.dumps(facts)
-    _write_model(folder, model)
+    words = ["fullpipe", "assemble", str(checkpoint)]
+    words += [word for name, value in options.items() if value for word in (f"--{name}", value)]
+    return shlex.join(words)
 
 
-def _write_stream(folder: Path, names: dict[str, str]) -> None:
-    template = source_root() / "ensemble" / "full_pipeline_stream"
-    model = _template_config(template / "config.pbtxt", names["full_pipeline_stream"])
-    _declare(model.input, contract.STREAM_INPUTS)
-    _declare(model.output, contract.STREAM_OUTPUTS)
-    model.parameters["pipeline"].string_value = names["full_pipeline"]
-    model.parameters["scheduler_model"].string_value = names["scheduler_model"]
-    version = _write_model(folder, model)
-    shutil.copy(template / "1" / "model.py", version)
+def _config(folder: Path, choices: Choices, progress: Progress) -> PipelineConfig:
+    defaults = _with_choices(read_defaults(folder), choices.defaults)
+    native_px = max(defaults.width, defaults.height)
+    loop, limits = choices.loop, choices.limits
+    if loop.engine in _FIXED_SHAPES:
+        loop = dataclasses.replace(
+            loop,
+            sizes=loop.sizes or [[defaults.width, defaults.height]],
+            buckets=loop.buckets or _buckets(loop.max_rows),
+        )
+    _check_engine(loop)
+    sides = [native_px, *(side for size in loop.sizes for side in size)]
+    largest = limits.max_size_px or max(Limits().max_size_px, native_px * 3 // 2)
+    limits = dataclasses.replace(limits, max_size_px=max(largest, *sides))
+    if loop.engine == "tensorrt":
+        sides = [side for size in loop.sizes for side in size]
+        limits = dataclasses.replace(
+            limits,
+            min_size_px=min(sides),
+            max_size_px=max(sides),
+            max_prompt_tokens=min(limits.max_prompt_tokens, tensorrt_build.MAX_TOKENS),
+        )
+    names = model_names(choices.name)
+    parts = {field.name: names[field.name] for field in dataclasses.fields(ModelNames)}
+    return PipelineConfig(
+        name=choices.name,
+        checkpoint=read_checkpoint(folder, lambda *bytes_: progress("reading", *bytes_)),
+        defaults=defaults,
+        limits=limits,
+        loop=loop,
+        models=ModelNames(**parts),
+    )
 
 
-def _template_config(path: Path, name: str) -> model_config_pb2.ModelConfig:
-    try:
-        model = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-    except (OSError, text_format.ParseError) as error:
-        raise SetupError(f"{path} is no Triton model configuration: {error}") from None
-    model.name = name
-    return model
+def _check_engine(loop: LoopSettings) -> None:
+    """Refuse choices that cannot go together, before anything is built."""
+    if loop.engine == "onnx" and loop.precision not in onnx_engine.PRECISIONS:
+        allowed = ", ".join(onnx_engine.PRECISIONS)
+        raise SetupError(f"precision={loop.precision} with engine=onnx, allowed: {allowed}")
+    if loop.engine == "tensorrt":
+        found = library()
+        if loop.unet == "plan" and found.is_rtx:
+            raise SetupError(
+                "unet=plan needs the full TensorRT of NVIDIA's container, where Triton reads its"
+                f" plans; found {found.name} {found.module.__version__}"
+            )
+    elif loop.unet == "plan":
+        raise SetupError(f"unet=plan needs engine=tensorrt, got engine={loop.engine}")
 
 
-def _declare(field, tensors: Iterable[contract.Tensor]) -> None:
-    for tensor in tensors:
-        entry = field.add()
-        entry.name = tensor.name
-        entry.data_type = model_config_pb2.DataType.Value(f"TYPE_{tensor.dtype}")
-        entry.dims.extend(tensor.dims)
-        if isinstance(entry, model_config_pb2.ModelInput):
-            entry.optional = True
-
-
-def _write_model(folder: Path, model: model_config_pb2.ModelConfig) -> Path:
-    version = folder / model.name / "1"
-    version.mkdir(parents=True)
-    (folder / model.name / "config.pbtxt").write_text(text_format.MessageToString(model))
-    return version
-
-
-def _link_folder(source: Path, target: Path) -> None:
-    """Copy a folder of weights, by hard links where the file system can."""
-
-    def link(source_file: str, target_file: str) -> None:
+def _with_choices(defaults: Defaults, chosen: Mapping[str, Any]) -> Defaults:
+    """The operator's defaults over the checkpoint's; each is checked as a request's would be."""
+    allowed = {field.name: field for field in dataclasses.fields(Defaults)}
+    values: dict[str, Any] = {}
+    for name, text in chosen.items():
+        if name not in allowed:
+            raise SetupError(f"default {name!r} is unknown, allowed: {', '.join(allowed)}")
+        kind = type(getattr(defaults, name))
         try:
-            os.link(source_file, target_file)
-        except OSError:
-            shutil.copy2(source_file, target_file)
+            values[name] = kind(text)
+        except ValueError:
+            raise SetupError(f"default {name}={text} needs {kind.__name__}") from None
+    result = dataclasses.replace(defaults, **values)
+    for name, names in (("sampler_name", tuple(SAMPLERS)), ("scheduler", SCHEDULERS)):
+        if getattr(result, name) not in names:
+            raise SetupError(
+                f"default {name}={getattr(result, name)} is unknown, allowed: {', '.join(names)}"
+            )
+    return result
 
-    shutil.copytree(source, target, copy_function=link)
+
+def _buckets(max_rows: int) -> list[int]:
+    """Powers of two up to `max_rows`, and that itself."""
+    powers = [1 << power for power in range(max_rows.bit_length()) if 1 << power < max_rows]
+    return [*powers, max_rows]
+
+
+def _install(models: Path, out: Path, replaced: Path, names: list[str]) -> None:
+    """Move finished models into the repository, and back again if that is interrupted.
+
+    What a name stood for before goes to `replaced`, models of an earlier choice included.
+    """
+    replaced.mkdir()
+    new = {model.name for model in models.iterdir()}
+    try:
+        for name in names:
+            if (out / name).exists():
+                (out / name).rename(replaced / name)
+            if name in new:
+                (models / name).rename(out / name)
+    except BaseException:
+        for name in names:
+            if name in new and not (models / name).exists():
+                shutil.rmtree(out / name, ignore_errors=True)
+            if (replaced / name).exists():
+                with contextlib.suppress(OSError):
+                    (replaced / name).rename(out / name)
+        raise

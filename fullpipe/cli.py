@@ -1,4 +1,4 @@
-"""The command line: `fullpipe generate | models | assemble | serve | check`.
+"""The command line: `fullpipe generate | models | assemble | serve | check | keys | gateway`.
 
 Commands that need torch or the embedded server import them when they run, so that `generate` and
 `models` work where only the client is installed.
@@ -14,13 +14,13 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from fullpipe import __version__
-from fullpipe.client import DEFAULT_PIPELINE, DEFAULT_TIMEOUT_S, DEFAULT_URL, Client, Pipeline
-from fullpipe.config import Limits, LoopSettings
+from fullpipe import __version__, assemble_command
+from fullpipe.assemble_command import REPOSITORY
+from fullpipe.client import DEFAULT_PIPELINE, DEFAULT_TIMEOUT_S, Client, Pipeline
+from fullpipe.connection import DEFAULT_URL
 from fullpipe.errors import PipelineError, SetupError
+from fullpipe.gateway_commands import FOLDER, add_gateway, add_keys
 from fullpipe.generate import add_options, generate, read_options
-
-REPOSITORY = Path("repository")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_assemble(commands)
     _add_serve(commands)
     _add_check(commands)
+    add_keys(commands)
+    add_gateway(commands)
     return parser
 
 
@@ -81,7 +83,11 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 def _add_server_options(command: argparse.ArgumentParser) -> None:
     server = command.add_argument_group("server")
-    server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s")
+    server.add_argument(
+        "--url",
+        help=f"default: $FULLPIPE_URL, else {DEFAULT_URL}; the key is $FULLPIPE_API_KEY, the"
+        " certificate to trust is the file $FULLPIPE_CA_CERT",
+    )
     server.add_argument(
         "--pipeline", default=DEFAULT_PIPELINE, metavar="NAME", help="default: %(default)s"
     )
@@ -114,24 +120,14 @@ def _add_models(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:
-    limits, loop = Limits(), LoopSettings()
     command = commands.add_parser(
         "assemble",
         help="turn a checkpoint into a Triton model repository",
         description="Write a complete Triton model repository for a checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.set_defaults(run=_assemble)
-    add = command.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder in diffusers' layout")
-    add("--name", default=DEFAULT_PIPELINE, help="name of the pipeline on the server")
-    add("--out", type=Path, default=REPOSITORY, metavar="DIR", help="the repository's folder")
-    add("--device", default=loop.device, help="torch device of the loop and its UNet")
-    add("--dtype", default=loop.dtype, help="torch dtype of the UNet's weights")
-    add("--unet", choices=("loop", "bls"), default=loop.unet, help="in the loop, or a model")
-    add("--max-size", type=int, default=limits.max_size_px, metavar="PX", help="largest side")
-    add("--max-batch", type=int, default=limits.max_batch_size, metavar="N", help="per request")
-    add("--max-rows", type=int, default=loop.max_rows, metavar="N", help="UNet rows of a tick")
+    command.set_defaults(run=assemble_command.run)
+    assemble_command.add_options(command)
 
 
 def _add_serve(commands: argparse._SubParsersAction) -> None:
@@ -149,6 +145,24 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         help="default: ./repository, made of the demo checkpoint if it is not there",
     )
     _add_place_options(command)
+    command.add_argument(
+        "--gateway",
+        nargs="?",
+        type=Path,
+        const=FOLDER,
+        metavar="DIR",
+        help="also start the gateway of this folder (default: %(const)s), which HAProxy runs",
+    )
+    command.add_argument(
+        "--sealed",
+        action="store_true",
+        help="inner models and control APIs answer nobody outside; --gateway does it too",
+    )
+    command.add_argument(
+        "--traces",
+        metavar="URL",
+        help="send OpenTelemetry spans to this collector (http://HOST:4318/v1/traces)",
+    )
     command.add_argument("--verbose", action="store_true", help="show all of Triton's log")
 
 
@@ -205,11 +219,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> int:
-    pipelines = _client(args).pipelines()
+    client = _client(args)
+    pipelines = client.pipelines()
     if args.json:
         print(json.dumps([vars(pipeline) for pipeline in pipelines], indent=2))
     elif not pipelines:
-        return _fail(f"{args.url} serves no pipeline; make one with `fullpipe assemble`")
+        return _fail(f"{client.url} serves no pipeline; make one with `fullpipe assemble`")
     else:
         print("\n\n".join(map(_describe, pipelines)))
     return 0
@@ -242,24 +257,11 @@ def _listed(names: Sequence[str], default: str) -> str:
     return ", ".join(f"{name} (default)" if name == default else name for name in names)
 
 
-def _assemble(args: argparse.Namespace) -> int:
-    from fullpipe.assemble import Choices, assemble
-
-    choices = Choices(
-        name=args.name,
-        limits=Limits(max_size_px=args.max_size, max_batch_size=args.max_batch),
-        loop=LoopSettings(
-            device=args.device, dtype=args.dtype, unet=args.unet, max_rows=args.max_rows
-        ),
-    )
-    assemble(args.checkpoint, args.out, choices, report=print)
-    print(f"serve it with: fullpipe serve {args.out}")
-    return 0
-
-
 def _serve(args: argparse.Namespace) -> int:
+    from fullpipe.seal import sealed
     from fullpipe.serve import serve
     from fullpipe.server import ServerConfig
+    from fullpipe.traces import traced
 
     config = ServerConfig(
         repository=args.repository or _demo_repository(),
@@ -270,7 +272,11 @@ def _serve(args: argparse.Namespace) -> int:
         triton=args.triton,
         log_level="verbose" if args.verbose else "info",
     )
-    return serve(config)
+    if args.sealed or args.gateway:
+        config = sealed(config)
+    if args.traces:
+        config = traced(config, args.traces)
+    return serve(config, gateway=args.gateway)
 
 
 def _demo_repository() -> Path:

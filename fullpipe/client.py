@@ -12,21 +12,24 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import secrets
 import socket
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from email.message import Message
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
 from fullpipe import contract
+from fullpipe.connection import DEFAULT_URL as DEFAULT_URL
+from fullpipe.connection import Connection
 from fullpipe.contract import Tensor
 from fullpipe.endpoint import Endpoint
 from fullpipe.errors import Cancelled, PipelineError, Unavailable
 from fullpipe.wire import build_inputs, json_fields, server_error, sse_data
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_PIPELINE = "full_pipeline"
 # Above the server's default deadline of 300 s, so that the server's own message arrives first.
 DEFAULT_TIMEOUT_S = 330.0
@@ -85,20 +88,39 @@ class Client:
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: str | None = None,
         pipeline: str = DEFAULT_PIPELINE,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         headers: Mapping[str, str] | None = None,
+        api_key: str | None = None,
+        ca_cert: str | None = None,
     ):
         """
         Args:
-            url: address of the server's HTTP endpoint or gateway, with a path if it has one.
+            url: address of the server's HTTP endpoint or gateway, with a path if it has one. None
+                here and below takes what `fullpipe.connection` finds.
             timeout_s: longest silence of the server before a call is given up.
-            headers: sent with every request, for example {"Authorization": "Bearer …"}.
+            headers: sent with every request; they go before the key.
+            api_key: a gateway's key or token; "" for none.
+            ca_cert: PEM file of the certificates to trust; "" for the system's.
         """
+        found = Connection.load()
+        key = found.api_key if api_key is None else api_key
+        credentials = {"Authorization": f"Bearer {key}"} if key else {}
+        if {name.lower() for name in headers or {}} & {"authorization", "x-api-key"}:
+            credentials = {}
         self.pipeline = pipeline
         self._timeout_s = timeout_s
-        self._endpoint = Endpoint(url, headers or {})
+        self._endpoint = Endpoint(
+            found.url if url is None else url,
+            {**credentials, **(headers or {})},
+            found.ca_cert if ca_cert is None else ca_cert,
+        )
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._endpoint.url
 
     def pipelines(self) -> list[Pipeline]:
         """The pipelines of the server, or only this client's where a gateway hides the index."""
@@ -136,7 +158,11 @@ class Client:
         values.update({name: value for name, value in inputs.items() if value is not None})
         arrays = build_inputs({"prompt": prompt, **values}, contract.PICTURE_INPUTS)
         try:
-            reply = self._infer(self.pipeline, arrays, contract.PICTURE_OUTPUTS, self._timeout_s)
+            # Nothing is lost by a repeat: the same picture comes, and nobody has seen the first.
+            headers = {**_job_header(values["job_id"]), "Idempotency-Key": '"repeatable"'}
+            reply, _ = self._infer(
+                self.pipeline, arrays, contract.PICTURE_OUTPUTS, self._timeout_s, headers
+            )
         except (Unavailable, KeyboardInterrupt) as error:
             if isinstance(error.__cause__, TimeoutError) or isinstance(error, KeyboardInterrupt):
                 with contextlib.suppress(PipelineError):
@@ -158,7 +184,8 @@ class Client:
         given = {name: value for name, value in inputs.items() if value is not None}
         arrays = build_inputs({"prompt": prompt, **given}, contract.STREAM_INPUTS)
         body = json.dumps(json_fields(arrays)).encode()
-        return Stream(self._endpoint, f"{self.pipeline}_stream", body, self._timeout_s)
+        headers = _job_header(str(given.get("job_id", "")))
+        return Stream(self._endpoint, f"{self.pipeline}_stream", body, self._timeout_s, headers)
 
     def cancel(self, job_id: str, scheduler_model: str | None = None) -> dict[str, Any]:
         """Cancel a job by its id; returns the loop's answer, such as {"state": "cancelled"}.
@@ -173,7 +200,16 @@ class Client:
         arrays = build_inputs({"op": "cancel", "job_id": job_id}, contract.LOOP_INPUTS)
         event = tuple(tensor for tensor in contract.LOOP_OUTPUTS if tensor.name == "event")
         timeout_s = min(self._timeout_s, CANCEL_TIMEOUT_S)
-        return json.loads(self._infer(loop, arrays, event, timeout_s)["event"][0])
+        # Behind a gateway one of several replicas has the job, and the others know nothing of it.
+        number, count = 1, 1
+        while True:
+            headers = {**_job_header(job_id), "X-Fullpipe-Replica": str(number)}
+            reply, reply_headers = self._infer(loop, arrays, event, timeout_s, headers)
+            answer = json.loads(reply["event"][0])
+            count = int(reply_headers.get("X-Fullpipe-Replicas") or count)
+            if answer["state"] != "unknown" or number >= count:
+                return answer
+            number += 1
 
     def _infer(
         self,
@@ -181,7 +217,8 @@ class Client:
         arrays: Mapping[str, np.ndarray],
         outputs: Iterable[Tensor],
         timeout_s: float,
-    ) -> dict[str, np.ndarray]:
+        headers: Mapping[str, str],
+    ) -> tuple[dict[str, np.ndarray], Message]:
         from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
         tensors = []
@@ -193,7 +230,7 @@ class Client:
         body, json_bytes = InferenceServerClient.generate_request_body(
             tensors, outputs=[InferRequestedOutput(name) for name in names]
         )
-        headers = {"Content-Type": "application/octet-stream"}
+        headers = {"Content-Type": "application/octet-stream", **headers}
         if json_bytes is not None:
             headers["Inference-Header-Content-Length"] = str(json_bytes)
         status, reply_headers, reply = self._endpoint.call(
@@ -204,16 +241,23 @@ class Client:
         result = InferenceServerClient.parse_response_body(
             reply, header_length=int(reply_json_bytes) if reply_json_bytes else None
         )
-        return {name: result.as_numpy(name) for name in names}
+        return {name: result.as_numpy(name) for name in names}, reply_headers
 
 
 class Stream:
     """The events of one job and last its Picture; made by `Client.stream`. A context manager."""
 
-    def __init__(self, endpoint: Endpoint, model: str, body: bytes, timeout_s: float):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        body: bytes,
+        timeout_s: float,
+        headers: Mapping[str, str],
+    ):
         self._is_closed = False
         self._socket: socket.socket | None = None
-        self._events = self._run(endpoint, model, body, timeout_s)
+        self._events = self._run(endpoint, model, body, timeout_s, headers)
 
     def __iter__(self) -> Stream:
         return self
@@ -237,7 +281,12 @@ class Stream:
             self._events.close()
 
     def _run(
-        self, endpoint: Endpoint, model: str, body: bytes, timeout_s: float
+        self,
+        endpoint: Endpoint,
+        model: str,
+        body: bytes,
+        timeout_s: float,
+        headers: Mapping[str, str],
     ) -> Generator[dict[str, Any] | Picture, None, None]:
         try:
             with endpoint.connected(timeout_s) as connection:
@@ -245,7 +294,7 @@ class Stream:
                 if self._is_closed:
                     raise Unavailable("the stream was closed while it connected")
                 path = f"{_model(model)}/generate_stream"
-                headers = {"Content-Type": "application/json"}
+                headers = {"Content-Type": "application/json", **headers}
                 response = endpoint.send(connection, "POST", path, body, headers)
                 if response.status != 200:
                     endpoint.check(response.status, response.read(), f"model {model!r}")
@@ -290,6 +339,11 @@ def _streamed_picture(document: dict[str, Any]) -> Picture:
         raw = np.array(document["images"], dtype=np.uint8)
         raw = raw.reshape(-1, info["height"], info["width"], 3)
     return Picture(info, [base64.b64decode(text) for text in files], raw)
+
+
+def _job_header(job_id: str) -> dict[str, str]:
+    """The header by which a gateway's log, and its way to a replica, know the job."""
+    return {"X-Request-Id": job_id} if re.fullmatch(r"[A-Za-z0-9._~-]{1,128}", job_id) else {}
 
 
 def _model(name: str) -> str:

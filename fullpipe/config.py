@@ -15,6 +15,9 @@ from typing import Any
 
 from fullpipe.errors import SetupError
 
+ENGINES = ("torch", "compiled", "tensorrt", "onnx")
+PRECISIONS = ("fp32", "fp16", "bf16")
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -48,20 +51,34 @@ class LoopSettings:
     """How the denoising loop runs.
 
     Attributes:
-        device: torch device of the slots and of an in-process UNet.
-        dtype: torch dtype name of the UNet's weights.
-        unet: "loop" keeps the UNet in the loop's process, "bls" calls the Triton model `unet`.
+        device: torch device of the slots and of an in-process UNet; several, separated by commas,
+            each get a loop and a UNet of their own, and share one queue.
+        precision: fp32, fp16 or bf16, of the networks' weights and arithmetic.
+        engine: torch, compiled, tensorrt or onnx: what executes the networks.
+        sizes: [width, height] pairs in pixels that the engine is built for, the native one first;
+            empty for engines that take any size.
+        buckets: UNet batch rows that the engine is built for, ascending; empty for any number.
+        unet: "loop" keeps the UNet in the loop's process, "bls" calls the Triton model `unet`,
+            "plan" does so with UNet and VAE as models of Triton's own TensorRT backend.
         max_rows: UNet batch rows of one tick at the native size; larger sizes get fewer.
         slots: images in flight; more of them share the rows of a tick in turn.
         torch_threads: intra-op threads of the loop's process, 0 = torch's own choice.
     """
 
     device: str = "cpu"
-    dtype: str = "float32"
+    precision: str = "fp32"
+    engine: str = "torch"
+    sizes: list[list[int]] = dataclasses.field(default_factory=list)
+    buckets: list[int] = dataclasses.field(default_factory=list)
     unet: str = "loop"
     max_rows: int = 16
     slots: int = 32
     torch_threads: int = 0
+
+    @property
+    def devices(self) -> list[str]:
+        """Every torch device that a loop runs on; the stages are on the first."""
+        return [name.strip() for name in self.device.split(",")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +151,8 @@ class StageConfig:
 
     stage: str
     device: str = "cpu"
-    dtype: str = "float32"
+    precision: str = "fp32"
+    engine: str = "torch"
     torch_threads: int = 0
 
     @classmethod

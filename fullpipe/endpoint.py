@@ -25,13 +25,14 @@ class Endpoint:
     streaming. None is kept open, as an idle one would hold up a server that shuts down.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str]):
+    def __init__(self, url: str, headers: Mapping[str, str], ca_cert: str = ""):
         """
         Args:
             url: http://HOST:PORT, https too, with a path if a gateway has one.
             headers: sent with every request.
+            ca_cert: PEM file of the certificates to trust; "" for the system's.
         Raises:
-            InvalidRequest: the address has another form.
+            InvalidRequest: the address has another form, or the file is no certificate.
         """
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         self._headers = dict(headers)
@@ -44,8 +45,12 @@ class Endpoint:
             raise InvalidRequest("url holds a user name; send credentials in headers instead")
         if parts.scheme not in ("http", "https") or not self._host:
             raise InvalidRequest(f"url={shorten(url)} needs the form http://HOST:PORT")
-        is_tls = parts.scheme == "https"
-        self._connection = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
+        self._tls: ssl.SSLContext | None = None
+        if parts.scheme == "https":
+            try:
+                self._tls = ssl.create_default_context(cafile=ca_cert or None)
+            except OSError as error:  # ssl.SSLError is one
+                raise InvalidRequest(f"ca_cert={ca_cert} is no certificate: {error}") from None
 
     @contextlib.contextmanager
     def connected(self, timeout_s: float) -> Iterator[http.client.HTTPConnection]:
@@ -55,7 +60,7 @@ class Endpoint:
             timeout_s: longest silence; connecting gets at most CONNECT_TIMEOUT_S of it.
         """
         connect_s = min(timeout_s, CONNECT_TIMEOUT_S)
-        connection = self._connection(self._host, self._port, timeout=connect_s)
+        connection = self._connection(connect_s)
         try:
             try:
                 connection.connect()
@@ -70,6 +75,13 @@ class Endpoint:
             raise Unavailable(f"{self.url} {_what_happened(error, timeout_s)}") from error
         finally:
             connection.close()
+
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        if self._tls is None:
+            return http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
+        return http.client.HTTPSConnection(
+            self._host, self._port, timeout=timeout_s, context=self._tls
+        )
 
     def send(
         self,

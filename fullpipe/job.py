@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
@@ -45,6 +48,7 @@ class Work:
         mask: [N, 1, h, w] fp32, 1 = repaint, or None.
         noise: draws the sampler's own noise, or None for a deterministic table.
         is_guided: whether rows of the negative half are evaluated.
+        drawing: where the next noise is drawn while the loop runs a tick; None draws it when asked.
     """
 
     embeds: torch.Tensor
@@ -58,8 +62,10 @@ class Work:
     noise: SamplerNoise | None
     cfg: float
     is_guided: bool
+    drawing: Executor | None = None
 
     def __post_init__(self) -> None:
+        self._guard = threading.Lock()  # images of one job may sit in different loops
         self._drawn: dict[int, torch.Tensor] = {}
         self._takers: dict[int, int] = {}
         self._next_draw = 0
@@ -71,27 +77,42 @@ class Work:
         images of one job may advance in different ticks: draws wait here until `release_noise`.
         """
         assert self.noise is not None
-        while self._next_draw <= position:
-            interval = self.table.noise[self._next_draw]
-            if interval is not None:
-                self._drawn[self._next_draw] = self.noise.draw(interval)
-                self._takers[self._next_draw] = len(self.start)
-            self._next_draw += 1
-        return self._drawn[position][image]
+        self._draw(position)
+        with self._guard:
+            return self._drawn[position][image]
+
+    def _draw(self, position: int) -> None:
+        """Draw up to this row, once; whoever asks meanwhile waits."""
+        assert self.noise is not None
+        with self._guard:
+            while self._next_draw <= position:
+                interval = self.table.noise[self._next_draw]
+                if interval is not None:
+                    self._drawn[self._next_draw] = self.noise.draw(interval)
+                    self._takers[self._next_draw] = len(self.start)
+                self._next_draw += 1
 
     def release_noise(self, position: int) -> None:
-        """One more image is past this row; the draw goes when all are."""
-        if position in self._takers:
-            self._takers[position] -= 1
-            if not self._takers[position]:
-                del self._takers[position], self._drawn[position]
+        """One more image is past this row; the draw goes when all are, and the next is drawn."""
+        with self._guard:
+            if position in self._takers:
+                self._takers[position] -= 1
+                if not self._takers[position]:
+                    del self._takers[position], self._drawn[position]
+        if (
+            self.drawing is not None
+            and self.noise is not None
+            and position + 1 < len(self.table.sigmas)
+        ):
+            with contextlib.suppress(RuntimeError):  # the server is shutting down
+                self.drawing.submit(self._draw, position + 1)
 
 
 class Job:
     """A request from its arrival to its one answer.
 
-    Threads: `cancel` may be called from anywhere; everything else belongs to whoever holds the
-    job, which is first a preparing thread, then the loop, then a finishing thread.
+    Threads: `cancel`, `store` and `claim_end` may be called from anywhere; everything else belongs
+    to whoever holds the job: first a preparing thread, then the loops, then a finishing thread.
     """
 
     def __init__(
@@ -116,11 +137,25 @@ class Job:
         self.error: PipelineError | None = None
         self._reply = reply
         self._marked = self.arrived
+        self._guard = threading.Lock()
+        self._has_left = False
 
     def cancel(self, error: PipelineError) -> None:
         """Ask for an early end; whoever holds the job answers it with `error` next."""
         if self.error is None:
             self.error = error
+
+    def store(self, image: int, latents: torch.Tensor) -> bool:
+        """Keep the latents of one image; whether they were the last that was missing."""
+        with self._guard:
+            self.latents[image] = latents
+            return all(latents is not None for latents in self.latents)
+
+    def claim_end(self) -> bool:
+        """True for whoever asks first: that one hands the job on from the loops."""
+        with self._guard:
+            is_first, self._has_left = not self._has_left, True
+            return is_first
 
     def check_deadline(self) -> None:
         """Cancel the job when its time is over."""

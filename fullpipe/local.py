@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -43,23 +43,21 @@ class LocalPipeline:
     def __init__(
         self,
         config: PipelineConfig,
-        unet: Engine,
+        unets: Sequence[Engine],
         stages: Stages,
         observer: Observer | None = None,
     ):
-        self._pipeline = Pipeline(config, unet, stages, observer or Silent())
+        self._pipeline = Pipeline(config, unets, stages, observer or Silent())
 
     @classmethod
     def open(cls, checkpoint: Path, config: PipelineConfig) -> LocalPipeline:
-        """All stages of a diffusers folder on `config.loop.device`."""
-        import torch
-
-        from fullpipe.engines.torch_engine import TorchUNet
+        """All stages of a diffusers folder on `config.loop.devices`."""
+        from fullpipe.engines.loading import load_unet, torch_dtype
         from fullpipe.stages import LocalStages
 
-        device, dtype = config.loop.device, getattr(torch, config.loop.dtype)
-        unet = TorchUNet(checkpoint / "unet", device=device, dtype=dtype)
-        return cls(config, unet, LocalStages(checkpoint, device=device, dtype=dtype))
+        devices, dtype = config.loop.devices, torch_dtype(config.loop.precision)
+        unets = [load_unet(checkpoint / "unet", config, device) for device in devices]
+        return cls(config, unets, LocalStages(checkpoint, device=devices[0], dtype=dtype))
 
     def submit(self, **inputs: Any) -> Future:
         """Start one call; the future yields a Result (a dict for control calls) or raises."""

@@ -1,16 +1,20 @@
 """The denoising loop: one thread that advances every image in flight, a table row per tick.
 
-A tick is: sweep, admit, choose, run, retire. Nobody waits for anybody else's whole image: a
-newcomer takes part in the next tick of its shape, shapes take turns, and slots take turns where
-more images are in flight than rows fit into one tick.
+A turn is: wait for the running tick, sweep, admit, launch the next tick, settle what has ended.
+Nobody waits for anybody else's whole image: a newcomer takes part in the next tick of its shape,
+shapes take turns, and slots take turns where more images are in flight than rows fit into one
+tick. On a GPU a tick only is queued by its launch, so that the host settles one tick while the next
+one runs; elsewhere it has been run when its launch returns.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
@@ -22,8 +26,15 @@ from fullpipe.errors import PipelineError, Unavailable
 from fullpipe.job import Job
 from fullpipe.schedulers import ModelSampling
 from fullpipe.slots import Group, Occupant, Shape
+from fullpipe.waiting_line import WaitingLine
 
 log = logging.getLogger(__name__)
+
+# Groups that nobody is in, kept on a GPU for the sake of their recorded graphs.
+IDLE_GROUPS = 4
+DEVICE_LOST = "the GPU failed; the server has to be restarted"
+# A tick of a fixed number of rows may be this empty before fewer slots take part in it.
+MIN_FILLED = 0.75
 
 
 class Observer(Protocol):
@@ -42,62 +53,69 @@ class Observer(Protocol):
         """How much work is in the house."""
 
 
+@dataclasses.dataclass
+class _Tick:
+    """One launched tick: what becomes known when it has ended."""
+
+    slots: int
+    rows: int
+    started: float
+    steps: list[tuple[Occupant, int, torch.Tensor | None]]
+    finals: list[tuple[Occupant, torch.Tensor]]
+    ended: torch.cuda.Event | None = None
+
+
 class Loop:
-    """Runs ticks on its own thread for as long as there is work."""
+    """Runs ticks on its own thread and device for as long as there is work."""
 
     def __init__(
         self,
         unet: Engine,
+        device: torch.device,
+        line: WaitingLine,
         sampling: ModelSampling,
         settings: LoopSettings,
         native_pixels: int,
         observer: Observer,
         finished: Callable[[Job], None],
         stepped: Callable[[Job], None],
+        lost: Callable[[], None],
     ):
         """
         Args:
+            device: of the slots and of `unet`.
+            line: where jobs wait; other loops may take from it too.
             native_pixels: latent pixels of the native size, to which `max_rows` refers.
             finished: gets each job once, with `latents` complete or `error` set.
             stepped: is told after each step of a job; must return at once.
+            lost: is told when the GPU has failed; this process can't use it any more.
         """
         self._unet = unet
+        self._device = device
+        self._line = line
+        self._number = line.join()
         self._sampling = sampling
         self._settings = settings
         self._native_pixels = native_pixels
         self._observer = observer
         self._finished = finished
         self._stepped = stepped
-        self._device = torch.device(settings.device)
-        self._queue: deque[tuple[Job, int]] = deque()
+        self._lost = lost
         self._groups: dict[Shape, Group] = {}
+        self._idle: OrderedDict[Shape, Group] = OrderedDict()
+        self._running: _Tick | None = None
         self._ticks = 0
-        self._closing = False
-        self._wake = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="denoising-loop", daemon=True)
+        self._copies: torch.cuda.Stream | None = None
+        self._thread = threading.Thread(
+            target=self._run, name=f"denoising-loop-{self._number}", daemon=True
+        )
 
     def start(self) -> None:
         """Start the loop's thread."""
         self._thread.start()
 
-    def add(self, job: Job) -> None:
-        """Queue a prepared job; every image of it takes a slot of its own."""
-        assert job.work is not None
-        job.latents = [None] * len(job.work.start)
-        with self._wake:
-            self._queue.extend((job, image) for image in range(len(job.latents)))
-            self._wake.notify()
-
-    def nudge(self) -> None:
-        """Have cancelled jobs swept now rather than at the next tick."""
-        with self._wake:
-            self._wake.notify()
-
-    def close(self) -> None:
-        """End the thread; jobs still in it are finished with UNAVAILABLE."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+    def join(self) -> None:
+        """Wait for the thread, which ends after its line is closed; jobs in it get UNAVAILABLE."""
         if self._thread.is_alive():
             self._thread.join()
 
@@ -106,81 +124,102 @@ class Loop:
         return sum(len(group.taken) for group in self._groups.values())
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._closing or self._queue or self._groups):
-                    self._wake.wait()
-                if self._closing:
-                    break
-            try:
-                self._turn()
-            except Exception:
-                log.exception("the denoising loop failed outside of a tick; its jobs are ended")
-                self._finish_all(PipelineError("the denoising loop failed; the log has the cause"))
-        self._finish_all(Unavailable("the server is shutting down; try again"))
+        with self._on_device():
+            while self._line.wait(has_work=bool(self._groups or self._running)):
+                try:
+                    self._turn()
+                except torch.AcceleratorError:
+                    log.exception("%s failed", self._device)
+                    self._lost()
+                    self._end_all(Unavailable(DEVICE_LOST))
+                    return
+                except Exception:
+                    log.exception("the denoising loop failed outside of a tick; its jobs are ended")
+                    self._end_all(PipelineError("the denoising loop failed; see the server's log"))
+            self._end_all(Unavailable("the server is shutting down; try again"))
+
+    @contextlib.contextmanager
+    def _on_device(self):
+        """On a GPU, a stream of the loop's own that comes before others', and one for copies."""
+        if self._device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self._device):
+            self._copies = torch.cuda.Stream()
+            with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
+                yield
 
     def _turn(self) -> None:
+        ended, self._running = self._running, None
+        if ended is not None and ended.ended is not None:
+            ended.ended.synchronize()
         self._sweep()
         self._admit()
-        if self._groups:
-            group = self._choose_group()
-            self._run_tick(group, self._choose_slots(group))
-            self._retire(group)
+        launched = self._launch() if self._groups else []
+        if ended is not None:
+            self._settle(ended)
+        for tick in launched:
+            if tick.ended is not None and tick is launched[-1]:
+                self._running = tick
+            else:
+                self._settle(tick)
 
     def _sweep(self) -> None:
         """Free what is cancelled, failed or too late, before any more work is put into it."""
-        with self._wake:
-            queued = [job for job, _ in self._queue]
         seated = [
             group.occupant(slot).job for group in self._groups.values() for slot in group.taken
         ]
-        ended = []
-        for job in dict.fromkeys([*queued, *seated]):
+        for job in dict.fromkeys([*self._line.jobs(), *seated]):
             job.check_deadline()
             if job.error is not None:
-                ended.append(job)
-        for job in ended:
-            self._drop(job)
-            self._finished(job)
+                self._drop(job)
 
     def _drop(self, job: Job) -> None:
-        with self._wake:
-            self._queue = deque(entry for entry in self._queue if entry[0] is not job)
+        """Take a job out of this loop and the line, and hand it on with its error."""
+        self._line.remove(job)
         for group in list(self._groups.values()):
             for slot in group.taken:
                 if group.occupant(slot).job is job:
                     group.occupants[slot] = None
             self._forget_if_empty(group)
+        if job.claim_end():
+            self._finished(job)
 
     def _admit(self) -> None:
         """Oldest first, an image a slot, as long as slots are free."""
-        free = self._settings.slots - self._in_flight
-        while free > 0:
-            with self._wake:
-                if not self._queue:
-                    break
-                job, image = self._queue.popleft()
+        while self._in_flight < self._settings.slots:
+            entry = self._line.take(self._number, self._in_flight)
+            if entry is None:
+                break
+            job, image = entry
             assert job.work is not None
             if "queue" not in job.stage_ms:
                 job.mark("queue")
             if not len(job.work.table.sigmas):
-                job.latents[image] = job.work.start[image]
-                self._finish_if_complete(job)
+                self._store(job, image, job.work.start[image])
                 continue
-            height, width = job.work.start.shape[2:]
-            shape = Shape(height, width, job.work.embeds.shape[1])
-            if shape not in self._groups:
-                self._groups[shape] = Group(
-                    shape, self._settings.slots, self._device, self._sampling
-                )
             try:
-                self._groups[shape].put(job, image)
-                free -= 1
+                self._group_of(job).put(job, image)
             except Exception as error:
                 self._fail(job, error)
                 self._drop(job)
-                self._finished(job)
-        self._observer.waiting(-1, len(self._queue), self._in_flight)
+        self._report_load()
+
+    def _group_of(self, job: Job) -> Group:
+        assert job.work is not None
+        height, width = job.work.start.shape[2:]
+        shape = Shape(height, width, job.work.embeds.shape[1])
+        if shape not in self._groups:
+            group = self._idle.pop(shape, None)
+            self._groups[shape] = group or Group(
+                shape, self._settings.slots, self._device, self._sampling
+            )
+        return self._groups[shape]
+
+    def _launch(self) -> list[_Tick]:
+        """Start a tick of the shape whose turn it is; several where one failed and was split."""
+        group = self._choose_group()
+        return self._launch_slots(group, self._choose_slots(group))
 
     def _choose_group(self) -> Group:
         """The shape that has waited longest since its last tick; among equals the oldest job."""
@@ -200,15 +239,20 @@ class Loop:
 
         shape = group.shape
         budget = self._settings.max_rows * self._native_pixels // (shape.height * shape.width)
+        waiting = sorted(group.taken, key=turn)
+        built = self._unet.row_counts(shape.height, shape.width, shape.tokens)
+        if built:
+            wanted = sum(group.occupant(slot).rows for slot in waiting)
+            budget = _worthwhile_rows(wanted, budget, built)
         chosen: list[int] = []
-        for slot in sorted(group.taken, key=turn):
-            budget -= _rows(group.occupant(slot))
+        for slot in waiting:
+            budget -= group.occupant(slot).rows
             if chosen and budget < 0:
                 break
             chosen.append(slot)
         return sorted(chosen)
 
-    def _run_tick(self, group: Group, slots: list[int]) -> None:
+    def _launch_slots(self, group: Group, slots: list[int]) -> list[_Tick]:
         """One tick; if it fails with several jobs in it, each is tried alone to spare the rest."""
         sitting = [group.occupant(slot) for slot in slots]
         for occupant in sitting:
@@ -216,78 +260,96 @@ class Loop:
         self._ticks += 1
         started = time.perf_counter()
         try:
-            denoised = group.tick(slots, self._unet)
+            group.tick(slots, self._unet)
+        except torch.AcceleratorError:
+            raise  # nothing runs on that device any more
         except Exception as error:
-            self._isolate(group, slots, error)
-            return
-        rows = sum(_rows(occupant) for occupant in sitting)
+            return self._isolate(group, slots, error)
+        rows = sum(occupant.rows for occupant in sitting)
         for job in dict.fromkeys(occupant.job for occupant in sitting):
             job.ticks += 1
             job.rows += rows
-        for occupant, prediction in zip(sitting, denoised, strict=True):
-            self._report_step(occupant, prediction)
-        self._observer.tick(len(slots), rows, time.perf_counter() - started)
+        tick = _Tick(len(slots), rows, started, [], [])
+        for slot, occupant in zip(slots, sitting, strict=True):
+            step = int(occupant.work.table.step_of_row[occupant.position - 1])
+            wants_preview = occupant.image == 0 and occupant.job.wants_preview
+            tick.steps.append((occupant, step, group.denoised(slot) if wants_preview else None))
+            if occupant.is_done:
+                tick.finals.append((occupant, group.latents(slot)))
+                group.occupants[slot] = None
+        self._forget_if_empty(group)
+        if self._device.type == "cuda":
+            tick.ended = torch.cuda.Event()
+            tick.ended.record()
+        return [tick]
 
-    def _isolate(self, group: Group, slots: list[int], error: Exception) -> None:
+    def _isolate(self, group: Group, slots: list[int], error: Exception) -> list[_Tick]:
         jobs: dict[Job, list[int]] = {}
         for slot in slots:
             jobs.setdefault(group.occupant(slot).job, []).append(slot)
         if len(jobs) == 1:
             self._fail(next(iter(jobs)), error)
-            return
-        for own in jobs.values():
-            self._run_tick(group, own)
+            return []
+        return [tick for own in jobs.values() for tick in self._launch_slots(group, own)]
 
     def _fail(self, job: Job, error: Exception) -> None:
         """Mark a job as failed; the cause of a surprise goes to the log, once."""
-        if not isinstance(error, PipelineError):
+        if isinstance(error, torch.OutOfMemoryError):
+            log.error("job %s: %s", job.id, str(error).splitlines()[0])
+            error = Unavailable("the GPU's memory is full; ask for a smaller picture, or try later")
+        elif not isinstance(error, PipelineError):
             log.error("job %s failed in the loop", job.id, exc_info=error)
             error = PipelineError("the denoising step failed; the server's log has the cause")
         job.cancel(error)
 
-    def _report_step(self, occupant: Occupant, prediction: torch.Tensor) -> None:
-        job = occupant.job
-        assert job.work is not None
-        step = int(job.work.table.step_of_row[occupant.position - 1])
-        if occupant.image == 0 and step > job.steps_done:
-            job.steps_done = step
-            if job.wants_preview:
-                job.denoised = prediction.to("cpu", copy=True)
-            self._stepped(job)
+    def _settle(self, tick: _Tick) -> None:
+        """Tell of the steps of an ended tick, and hand on what it has completed."""
+        copying = torch.cuda.stream(self._copies) if self._copies else contextlib.nullcontext()
+        with copying:
+            for occupant, step, prediction in tick.steps:
+                job = occupant.job
+                if occupant.image == 0 and step > job.steps_done:
+                    job.steps_done = step
+                    if prediction is not None:
+                        job.denoised = prediction.cpu()
+                    self._stepped(job)
+            for occupant, latents in tick.finals:
+                self._store(occupant.job, occupant.image, latents.cpu())
+        self._observer.tick(tick.slots, tick.rows, time.perf_counter() - tick.started)
+        self._report_load()
 
-    def _retire(self, group: Group) -> None:
-        for slot in group.taken:
-            occupant = group.occupant(slot)
-            job = occupant.job
-            assert job.work is not None
-            if occupant.position == len(job.work.table.sigmas):
-                job.latents[occupant.image] = group.latents(slot)
-                group.occupants[slot] = None
-                self._finish_if_complete(job)
-        self._forget_if_empty(group)
-        self._observer.waiting(-1, -1, self._in_flight)
-
-    def _finish_if_complete(self, job: Job) -> None:
-        if all(latents is not None for latents in job.latents):
+    def _store(self, job: Job, image: int, latents: torch.Tensor) -> None:
+        if job.store(image, latents) and job.claim_end():
             job.mark("loop")
             self._finished(job)
 
+    def _report_load(self) -> None:
+        queued, in_flight = self._line.report(self._number, self._in_flight)
+        self._observer.waiting(-1, queued, in_flight)
+
     def _forget_if_empty(self, group: Group) -> None:
-        if not group.taken:
-            self._groups.pop(group.shape, None)
+        if group.taken or self._groups.pop(group.shape, None) is None:
+            return
+        if self._device.type == "cuda":
+            self._idle[group.shape] = group
+            if len(self._idle) > IDLE_GROUPS:
+                self._idle.popitem(last=False)
 
-    def _finish_all(self, error: PipelineError) -> None:
-        with self._wake:
-            jobs = dict.fromkeys(job for job, _ in self._queue)
-            self._queue.clear()
-        for group in self._groups.values():
-            jobs.update(dict.fromkeys(group.occupant(slot).job for slot in group.taken))
-        self._groups.clear()
-        for job in jobs:
+    def _end_all(self, error: PipelineError) -> None:
+        self._running = None
+        seated = [
+            group.occupant(slot).job for group in self._groups.values() for slot in group.taken
+        ]
+        for job in dict.fromkeys([*self._line.jobs(), *seated]):
             job.cancel(error)
-            self._finished(job)
+            self._drop(job)
+        self._groups.clear()
 
 
-def _rows(occupant: Occupant) -> int:
-    assert occupant.job.work is not None
-    return 2 if occupant.job.work.is_guided else 1
+def _worthwhile_rows(wanted: int, allowed: int, built: tuple[int, ...]) -> int:
+    """How many rows to fill: a tick costs what its engine's size costs, empty rows included."""
+    fitting = [count for count in sorted(built) if count <= allowed] or [min(built)]
+    for count in reversed(fitting):
+        if wanted >= MIN_FILLED * count:
+            return count
+    return fitting[0]

@@ -68,6 +68,11 @@ class SamplerNoise:
         if kind == "normal":
             self._generator = torch.Generator(device=self._device).manual_seed(seed)
 
+    @property
+    def is_drawn_on_cpu(self) -> bool:
+        """Whether drawing keeps the CPU busy and no GPU."""
+        return (self._tree_device if self._kind == "brownian" else self._device).type == "cpu"
+
     def draw(self, interval: tuple[float, float]) -> torch.Tensor:
         """The next noise of the request; rows must ask in the order of their table.
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -26,12 +26,13 @@ from fullpipe.engines import Engine
 from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
 from fullpipe.image import decode_image, decode_mask, jpeg_preview
 from fullpipe.job import Job, Result, Work
-from fullpipe.loop import Loop, Observer
+from fullpipe.loop import DEVICE_LOST, Loop, Observer
 from fullpipe.noise import SamplerNoise, start_noise
 from fullpipe.progress import ProgressBoard
 from fullpipe.samplers import REGISTERS, SAMPLERS, UNSUPPORTED, Table, build_table
 from fullpipe.schedulers import SCHEDULERS, ModelSampling, calculate_sigmas
 from fullpipe.text import repeat_to_same_length
+from fullpipe.waiting_line import WaitingLine
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,19 @@ class Stages(Protocol):
 class Pipeline:
     """Takes requests from any thread and answers each exactly once."""
 
-    def __init__(self, config: PipelineConfig, unet: Engine, stages: Stages, observer: Observer):
+    def __init__(
+        self,
+        config: PipelineConfig,
+        unets: Sequence[Engine],
+        stages: Stages,
+        observer: Observer,
+        lost: Callable[[], None] = lambda: None,
+    ):
+        """
+        Args:
+            unets: one for each of `config.loop.devices`; each gets a loop of its own.
+            lost: is told when a GPU has failed, after which every request gets UNAVAILABLE.
+        """
         self._config = config
         self._stages = stages
         self._observer = observer
@@ -81,21 +94,32 @@ class Pipeline:
         self._ended: dict[str, str] = {}  # the newest ones: job id -> OK or the error's code
         self._guard = threading.Lock()
         self._is_closing = False
+        self._is_lost = False
+        self._tell_lost = lost
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
         self._finishing = ThreadPoolExecutor(FINISHING_THREADS, "finish")
+        self._drawing = ThreadPoolExecutor(1, "noise")
         self._table = functools.lru_cache(maxsize=256)(self._make_table)
         self._progress = ProgressBoard(self._jobs.get, self._preview)
         scale = config.checkpoint.vae_scale_factor
-        self._loop = Loop(
-            unet,
-            self._sampling,
-            config.loop,
-            native_pixels=config.defaults.height * config.defaults.width // scale**2,
-            observer=observer,
-            finished=lambda job: self._hand(self._finishing, self._finish, job),
-            stepped=lambda job: self._progress.tell(),
-        )
-        self._loop.start()
+        self._line = WaitingLine()
+        self._loops = [
+            Loop(
+                unet,
+                torch.device(device),
+                self._line,
+                self._sampling,
+                config.loop,
+                native_pixels=config.defaults.height * config.defaults.width // scale**2,
+                observer=observer,
+                finished=lambda job: self._hand(self._finishing, self._finish, job),
+                stepped=lambda job: self._progress.tell(),
+                lost=self._lose,
+            )
+            for device, unet in zip(config.loop.devices, unets, strict=True)
+        ]
+        for loop in self._loops:
+            loop.start()
 
     def call(self, inputs: Mapping[str, np.ndarray], reply: Reply) -> None:
         """Take one call of the loop model: a picture, `op=progress` or `op=cancel`.
@@ -127,9 +151,17 @@ class Pipeline:
         with self._guard:
             self._is_closing = True
         self._preparing.shutdown(cancel_futures=False)
-        self._loop.close()
+        self._line.close()
+        for loop in self._loops:
+            loop.join()
         self._finishing.shutdown(cancel_futures=False)
+        self._drawing.shutdown(cancel_futures=True)
         self._progress.close()
+
+    def _lose(self) -> None:
+        self._is_lost = True
+        self._line.close()
+        self._tell_lost()
 
     def _submit(self, request: Request, reply: Reply) -> None:
         job = Job(request, self._config.limits.deadline_s, reply)
@@ -137,6 +169,8 @@ class Pipeline:
         with self._guard:
             if self._is_closing:
                 raise Unavailable("the server is shutting down; try again")
+            if self._is_lost:
+                raise Unavailable(DEVICE_LOST)
             if len(self._jobs) >= allowed:
                 raise Unavailable(f"{len(self._jobs)} jobs are open, allowed {allowed}; try later")
             if job.id in self._jobs:
@@ -153,7 +187,7 @@ class Pipeline:
             known = {"outcome": outcome} if outcome else {}
             return {"job_id": order.job_id, "state": "unknown", **known}
         job.cancel(Cancelled(f"job {order.job_id} was cancelled"))
-        self._loop.nudge()
+        self._line.nudge()
         return {"job_id": order.job_id, "state": "cancelled"}
 
     def _hand(self, pool: ThreadPoolExecutor, stage: Callable[[Job], None], job: Job) -> None:
@@ -204,7 +238,8 @@ class Pipeline:
         job.steps = job.work.table.steps
         if job.error is not None:
             raise job.error
-        self._loop.add(job)
+        job.latents = [None] * len(job.work.start)
+        self._line.add(job)
 
     def _start_latents(self, job: Job) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Start latents [N, 4, h, w] in loop units and mask [N, 1, h, w] of a request."""
@@ -302,7 +337,7 @@ class Pipeline:
                     tuple(noise.shape),
                     float(sigmas[sigmas > 0].min()),
                     float(sigmas.max()),
-                    device=self._config.loop.device,
+                    device=self._config.loop.devices[0],
                 )
         is_guided = not math.isclose(request.cfg, 1.0) or sampler.needs_uncond
         return Work(
@@ -317,6 +352,7 @@ class Pipeline:
             noise=sampler_noise,
             cfg=request.cfg,
             is_guided=is_guided,
+            drawing=self._drawing if sampler_noise and sampler_noise.is_drawn_on_cpu else None,
         )
 
     def _make_table(

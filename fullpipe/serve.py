@@ -6,11 +6,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fullpipe.client import Client, Pipeline
 from fullpipe.errors import PipelineError
+from fullpipe.gateway import ADMIN_SOCKET, write_gateway
+from fullpipe.gateway_commands import local_config
+from fullpipe.haproxy import HAProxy
 from fullpipe.server import ServerConfig, TritonServer
 
 _PROMPT = "a red circle on a white background"
@@ -20,7 +25,7 @@ _WRITE_PNG = (
 )
 
 
-def serve(config: ServerConfig, ready_timeout_s: float = 600.0) -> int:
+def serve(config: ServerConfig, ready_timeout_s: float = 600.0, gateway: Path | None = None) -> int:
     """Serve until SIGINT or SIGTERM; call it from the main thread.
 
     A first signal lets open requests finish (for at most `config.stop_timeout_s`), a second one
@@ -29,12 +34,21 @@ def serve(config: ServerConfig, ready_timeout_s: float = 600.0) -> int:
     Args:
         config: what to run and where.
         ready_timeout_s: how long the models may take to load.
+        gateway: folder of a gateway to start before this server.
     Returns:
         The exit code: 0 after a stop, 1 when the server could not start or was given up.
     """
     started = time.monotonic()
     server = TritonServer(config)
-    with _StopSignals(server) as signals:
+    door: HAProxy | None = None
+
+    def stop(now: bool) -> None:
+        # The way in closes first, and requests that are inside already come to their end.
+        if door:
+            door.stop(grace_s=0.0 if now else float(config.stop_timeout_s))
+        server.stop(now)
+
+    with _StopSignals(stop, config.stop_timeout_s) as signals:
         try:
             print(f"starting Triton Inference Server with {config.repository}", flush=True)
             server.start()
@@ -42,22 +56,41 @@ def serve(config: ServerConfig, ready_timeout_s: float = 600.0) -> int:
             if not signals.count:
                 seconds = time.monotonic() - started
                 print(f"ready after {seconds:.1f} s\n{describe(server)}", flush=True)
+            if gateway and not signals.count:
+                door = _open_gateway(gateway, server)
             server.wait()
             server.wait_ready()
         except PipelineError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
         finally:
-            server.stop(now=True)
+            stop(now=True)
     return 0
+
+
+def _open_gateway(folder: Path, server: TritonServer) -> HAProxy:
+    config = server.config
+    settings = local_config(folder, config.host, config.http_port, config.grpc_port)
+    door = HAProxy(
+        write_gateway(folder, config.repository, settings), folder.resolve() / ADMIN_SOCKET
+    )
+    door.start()
+    print(
+        f"gateway https://{settings.bind}   metrics http://{settings.metrics_bind}/metrics\n"
+        f"make a key with: fullpipe keys add NAME --gateway {folder}\n"
+        f"clients trust: FULLPIPE_CA_CERT={folder.resolve() / 'tls.pem'}",
+        flush=True,
+    )
+    return door
 
 
 class _StopSignals:
     """While it is entered, SIGINT and SIGTERM stop a server; the second one at once."""
 
-    def __init__(self, server: TritonServer) -> None:
+    def __init__(self, stop: Callable[[bool], None], limit_s: int) -> None:
         self.count = 0
-        self._server = server
+        self._stop = stop
+        self._limit_s = limit_s
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _StopSignals:
@@ -75,10 +108,11 @@ class _StopSignals:
         if now:
             print("stopping at once", flush=True)
         else:
-            limit_s = self._server.config.stop_timeout_s
-            print(f"stopping: open requests have {limit_s} s; again to stop at once", flush=True)
+            print(
+                f"stopping: open requests have {self._limit_s} s; again to stop at once", flush=True
+            )
         # stop() waits for the supervisor, and a signal handler must not wait for anybody.
-        threading.Thread(target=self._server.stop, args=(now,), daemon=True).start()
+        threading.Thread(target=self._stop, args=(now,), daemon=True).start()
 
 
 def describe(server: TritonServer) -> str:

@@ -10,6 +10,8 @@ What tritonserver 2.51 does when something dies, and what this module does about
 * SIGTERM: new connections are refused, open requests are answered, then the models are finalized.
   A request longer than `stop_timeout_s` is cut off; nothing is left behind either way. Idle
   HTTP connections, which Triton would wait for, are closed (`fullpipe.idle_connections`).
+* A model does not load: with one pipeline in the repository the start fails at once. With several,
+  the others are served, and the log has one line about each model that is not.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
+from fullpipe.client import FACTS_PARAMETER, Client
 from fullpipe.errors import SetupError
 from fullpipe.ports import choose_ports
 from fullpipe.triton_files import TritonFiles, default_backends, find_triton
@@ -108,6 +111,7 @@ class TritonServer:
         self._changed = threading.Condition()
         self._failure = ""
         self._load_failure: str | None = None
+        self._serves_rest = False
         self._stopping = threading.Event()
         self._process: TritonProcess | None = None
         self._supervisor: threading.Thread | None = None
@@ -169,6 +173,7 @@ class TritonServer:
             grpc_port=ports["grpc_port"],
             metrics_port=ports["metrics_port"],
         )
+        self._serves_rest = _count_pipelines(self.config.repository) > 1
         self._set_state("starting")
         self._supervisor = threading.Thread(
             target=self._supervise, args=(files, backends), name="triton-supervisor", daemon=True
@@ -267,15 +272,18 @@ class TritonServer:
     def _await_ready(self, process: TritonProcess) -> str | None:
         """Wait until ready (None), or until something says that this will never be."""
         while not self._stopping.is_set():
-            process.watch_stubs()
+            if not self._serves_rest:  # else the end of a broken model's stub is no crash
+                process.watch_stubs()
             reason = process.wait(_POLL_S)
             if reason:
                 deadline = time.monotonic() + _GRACE_S
                 while not self._load_failure and time.monotonic() < deadline:
                     time.sleep(_POLL_S)
-            if reason or self._load_failure:
+            if reason or (self._load_failure and not self._serves_rest):
                 return self._load_failure or f"{reason} while loading"
             if is_ready(self.config.host, self.config.http_port):
+                if self._load_failure and not any(p.ready for p in Client(self.url).pipelines()):
+                    return self._load_failure
                 process.watch_stubs()
                 self._set_state("ready")
                 return None
@@ -306,6 +314,8 @@ class TritonServer:
             "--disable-auto-complete-config",
             "--model-load-thread-count=8",
         ]
+        if self._serves_rest:
+            command += ["--exit-on-error=false", "--strict-readiness=false"]
         if config.cache_bytes:
             command.append(f"--cache-config=local,size={config.cache_bytes}")
         if config.log_level == "verbose":
@@ -315,7 +325,10 @@ class TritonServer:
     def _on_line(self, text: str) -> None:
         self.tail.append(text)
         line = LogLine.parse(text)
-        self._load_failure = self._load_failure or load_failure(line)
+        failure = load_failure(line)
+        self._load_failure = self._load_failure or failure
+        if failure and self._serves_rest:
+            self._log(f"error: {failure}")
         if line.is_wanted(self.config.log_level):
             self._log(str(line))
 
@@ -327,6 +340,12 @@ class TritonServer:
         with self._changed:
             self.state, self._failure = state, failure
             self._changed.notify_all()
+
+
+def _count_pipelines(repository: Path) -> int:
+    """How many ensembles in a repository are pipelines of this project."""
+    configs = repository.glob("*/config.pbtxt")
+    return sum(f'"{FACTS_PARAMETER}"' in path.read_text(encoding="utf-8") for path in configs)
 
 
 def is_ready(host: str, port: int) -> bool:

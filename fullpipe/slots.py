@@ -8,9 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from fullpipe.engines import Engine
-from fullpipe.job import Job
+from fullpipe.graphs import TickGraphs
+from fullpipe.job import Job, Work
 from fullpipe.samplers import REGISTERS, advance
 from fullpipe.schedulers import ModelSampling
+from fullpipe.seats import Seats, pack_seats
+
+FIRST_TABLE_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +35,31 @@ class Occupant:
     position: int = 0
     last_tick: int = -1
 
+    @property
+    def work(self) -> Work:
+        """What the loop needs of the job; there from the moment that it has a slot."""
+        assert self.job.work is not None
+        return self.job.work
+
+    @property
+    def rows(self) -> int:
+        """UNet rows of one tick."""
+        return 2 if self.work.is_guided else 1
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last table row has been run."""
+        return self.position == len(self.work.table.sigmas)
+
 
 class Group:
-    """Preallocated slot tensors of one shape; S slots, T table rows at most, K registers.
+    """Preallocated slot tensors of one shape; S slots and a spare one, T table rows, K registers.
 
     Everything that a tick reads or writes lies in tensors indexed by slot, on the loop's device,
-    so that a tick is gather, UNet, contraction and scatter, whoever the slots belong to.
+    so that a tick is gather, UNet, contraction and scatter, whoever the slots belong to. Where each
+    slot stands in its table is counted there too: a tick is told its seats and nothing else. So on
+    a GPU the whole tick replays as one graph. The spare slot serves the seats that a tick of fixed
+    size leaves empty; its table is all zeros.
     """
 
     def __init__(self, shape: Shape, capacity: int, device: torch.device, sampling: ModelSampling):
@@ -44,14 +67,22 @@ class Group:
         self.occupants: list[Occupant | None] = [None] * capacity
         self._device = device
         self._sampling = sampling
+        self._graphs = TickGraphs(device)
+        self._slots = capacity + 1
         self._registers = torch.zeros(0)
+        self._denoised = torch.zeros(0)
+        self._noise = torch.zeros(0)
         self._embeds = torch.zeros(0)
         self._pooled: torch.Tensor | None = None
         self._time_ids: torch.Tensor | None = None
-        self._sigmas = torch.zeros(capacity, 0, device=device)
-        self._timesteps = torch.zeros(capacity, 0, dtype=torch.int64, device=device)
-        self._matrices = torch.zeros(capacity, 0, REGISTERS, REGISTERS + 3, device=device)
-        self._cfg = torch.ones(capacity, 1, 1, 1, device=device)
+        self._mask: torch.Tensor | None = None
+        self._kept_image = torch.zeros(0)
+        self._kept_noise = torch.zeros(0)
+        self._position = self._zeros(dtype=torch.int64)
+        self._cfg = self._zeros(1, 1, 1)
+        self._sigmas = self._zeros(FIRST_TABLE_ROWS)
+        self._timesteps = self._zeros(FIRST_TABLE_ROWS, dtype=torch.int64)
+        self._matrices = self._zeros(FIRST_TABLE_ROWS, REGISTERS, REGISTERS + 3)
 
     @property
     def taken(self) -> list[int]:
@@ -66,10 +97,10 @@ class Group:
 
     def put(self, job: Job, image: int) -> None:
         """Move one image of a job into a free slot; the caller knows that there is one."""
-        work = job.work
-        assert work is not None
+        occupant = Occupant(job, image)
+        work = occupant.work
         slot = self.occupants.index(None)
-        self._fit(job)
+        self._fit(work)
         rows = len(work.table.sigmas)
         sigmas = torch.as_tensor(work.table.sigmas, dtype=torch.float32)
         self._sigmas[slot, :rows] = sigmas.to(self._device)
@@ -77,140 +108,127 @@ class Group:
         self._matrices[slot, :rows] = torch.as_tensor(
             work.table.matrices, dtype=torch.float32, device=self._device
         )
+        self._position[slot] = 0
+        self._cfg[slot] = work.cfg
         self._registers[slot] = 0
         self._registers[slot, 0] = work.start[image].to(self._device)
+        self._noise[slot] = 0
         self._embeds[slot] = work.embeds.to(self._device)
-        self._cfg[slot] = work.cfg
         if self._pooled is not None and self._time_ids is not None:
             assert work.pooled is not None and work.time_ids is not None
             self._pooled[slot] = work.pooled.to(self._device)
             self._time_ids[slot] = work.time_ids.to(self._device)
-        self.occupants[slot] = Occupant(job, image)
+        if self._mask is not None:
+            has_mask = work.mask is not None
+            self._mask[slot] = work.mask[image].to(self._device) if work.mask is not None else 1
+            self._kept_image[slot] = work.latent_image[image].to(self._device) if has_mask else 0
+            self._kept_noise[slot] = work.mask_noise[image].to(self._device) if has_mask else 0
+        self.occupants[slot] = occupant
 
     def latents(self, slot: int) -> torch.Tensor:
-        """The current sample of a slot, [4, h, w] fp32, own storage on the CPU."""
-        return self._registers[slot, 0].to("cpu", copy=True)
+        """The current sample of a slot, [4, h, w] fp32, own storage on the loop's device."""
+        return self._registers[slot, 0].clone()
+
+    def denoised(self, slot: int) -> torch.Tensor:
+        """The guided x0 prediction of a slot's last tick, [4, h, w] fp32, own storage there."""
+        return self._denoised[slot].clone()
 
     @torch.inference_mode()
-    def tick(self, slots: Sequence[int], unet: Engine) -> torch.Tensor:
+    def tick(self, slots: Sequence[int], unet: Engine) -> None:
         """Advance some slots by one table row each.
 
-        Nothing is written before the UNet has answered, so a failed tick may be repeated.
+        Nothing is written before the UNet has answered, so a failed tick may be repeated. On a GPU
+        the work is only queued on the current stream when this returns.
 
         Args:
             slots: B distinct taken slots.
             unet: gets B rows of the positive half, then one row for every guided slot.
-        Returns:
-            [B, 4, h, w] fp32, the guided x0 predictions of this tick.
         """
         sitting = [self.occupant(slot) for slot in slots]
-        index = torch.tensor(slots, device=self._device)
-        position = torch.tensor([occupant.position for occupant in sitting], device=self._device)
-        sigma = self._sigmas[index, position]
-        sample = self._registers[index, 0]
-        for row, occupant in enumerate(sitting):
-            sample[row] = self._keep_unmasked(occupant, sample[row], sigma[row])
+        for slot, occupant in zip(slots, sitting, strict=True):
+            work = occupant.work
+            if work.table.noise[occupant.position] is not None:
+                drawn = work.noise_at(occupant.position, occupant.image)
+                self._noise[slot].copy_(drawn, non_blocking=True)
 
-        guided = [row for row, occupant in enumerate(sitting) if _work(occupant).is_guided]
-        rows = torch.cat([torch.arange(len(slots)), torch.tensor(guided, dtype=torch.int64)])
-        half = torch.tensor([0] * len(slots) + [1] * len(guided), device=self._device)
-        rows = rows.to(self._device)
-        noise_pred = unet.run(self._unet_inputs(sample, sigma, index, position, rows, half))
-        denoised = self._sampling.denoised(sample[rows], sigma[rows], noise_pred["noise_pred"])
-
-        positive, negative = denoised[: len(slots)], denoised[: len(slots)].clone()
-        if guided:
-            negative[guided] = denoised[len(slots) :]
-            mixed = (
-                negative[guided] + (positive[guided] - negative[guided]) * self._cfg[index[guided]]
+        shape, needed = self.shape, sum(occupant.rows for occupant in sitting)
+        built = unet.row_counts(shape.height, shape.width, shape.tokens)
+        rows = min((count for count in built if count >= needed), default=None)
+        is_guided = [occupant.work.is_guided for occupant in sitting]
+        packed, seats = pack_seats(slots, is_guided, self._slots - 1, rows)
+        has_masks = any(occupant.work.mask is not None for occupant in sitting)
+        if self._graphs.are_possible and unet.is_capturable and rows is not None:
+            self._graphs.replay(
+                (rows, has_masks),
+                packed,
+                lambda: pack_seats((), (), self._slots - 1, rows)[0],
+                lambda device: self._advance(Seats.view(device, seats), unet, has_masks),
             )
-            positive = positive.clone()
-            positive[guided] = mixed
-        for row, occupant in enumerate(sitting):
-            positive[row] = _masked(occupant, positive[row])
-        self._registers[index] = advance(
-            self._registers[index],
-            positive,
-            negative,
-            self._noise(sitting, sample),
-            self._matrices[index, position],
-        )
+        else:
+            self._advance(Seats.view(packed.to(self._device), seats), unet, has_masks)
         for occupant in sitting:
-            _work(occupant).release_noise(occupant.position)
+            occupant.work.release_noise(occupant.position)
             occupant.position += 1
-        return positive
 
-    def _unet_inputs(
-        self,
-        sample: torch.Tensor,
-        sigma: torch.Tensor,
-        index: torch.Tensor,
-        position: torch.Tensor,
-        rows: torch.Tensor,
-        half: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        slot = index[rows]
+    def _advance(self, seats: Seats, unet: Engine, has_masks: bool) -> None:
+        """The tick itself: only tensors, nothing that a graph could not replay for other seats."""
+        slot, sampling = seats.slot, self._sampling
+        position = self._position[slot]
+        sigma = self._sigmas[slot, position]
+        sample = self._registers[slot, 0]
+        if has_masks:
+            # Outside the mask the UNet sees the start image at this noise level, as in ComfyUI.
+            assert self._mask is not None
+            mask, kept_image = self._mask[slot], self._kept_image[slot]
+            kept = kept_image + self._kept_noise[slot] * sigma.view(-1, 1, 1, 1)
+            sample = sample * mask + kept * (1.0 - mask)
+        scaled = sample * sampling.input_scale(sigma).view(-1, 1, 1, 1)
+        row_slot = slot[seats.seat]
         inputs = {
-            "sample": (sample * self._sampling.input_scale(sigma).view(-1, 1, 1, 1))[rows],
-            "timestep": self._timesteps[index, position][rows],
-            "encoder_hidden_states": self._embeds[slot, half],
+            "sample": scaled[seats.seat],
+            "timestep": self._timesteps[slot, position][seats.seat],
+            "encoder_hidden_states": self._embeds[row_slot, seats.half],
         }
         if self._pooled is not None and self._time_ids is not None:
-            inputs["text_embeds"] = self._pooled[slot, half]
-            inputs["time_ids"] = self._time_ids[slot]
-        return inputs
+            inputs["text_embeds"] = self._pooled[row_slot, seats.half]
+            inputs["time_ids"] = self._time_ids[row_slot]
+        noise_pred = unet.run(inputs)["noise_pred"]
+        rows = sampling.denoised(sample[seats.seat], sigma[seats.seat], noise_pred)
+        negative = rows[seats.negative]
+        denoised = negative + (rows[seats.positive] - negative) * self._cfg[slot]
+        if has_masks:
+            denoised = denoised * mask + kept_image * (1.0 - mask)
+        matrices = self._matrices[slot, position]
+        self._registers[slot] = advance(
+            self._registers[slot], denoised, negative, self._noise[slot], matrices
+        )
+        self._denoised[slot] = denoised
+        self._position[slot] = position + seats.is_taken
 
-    def _noise(self, sitting: list[Occupant], sample: torch.Tensor) -> torch.Tensor:
-        noise = torch.zeros_like(sample)
-        for row, occupant in enumerate(sitting):
-            work = _work(occupant)
-            if work.table.noise[occupant.position] is not None:
-                noise[row] = work.noise_at(occupant.position, occupant.image).to(self._device)
-        return noise
-
-    def _keep_unmasked(
-        self, occupant: Occupant, sample: torch.Tensor, sigma: torch.Tensor
-    ) -> torch.Tensor:
-        """Outside the mask the UNet sees the start image at this noise level, as ComfyUI does."""
-        work, image = _work(occupant), occupant.image
-        if work.mask is None:
-            return sample
-        mask = work.mask[image].to(self._device)
-        noise, latent_image = work.mask_noise[image], work.latent_image[image]
-        kept = latent_image.to(self._device) + noise.to(self._device) * sigma
-        return sample * mask + kept * (1.0 - mask)
-
-    def _fit(self, job: Job) -> None:
+    def _fit(self, work: Work) -> None:
         """Size the tensors for this job: the first one decides the widths, longer tables grow T."""
-        work = job.work
-        assert work is not None
-        capacity, device = len(self.occupants), self._device
         if not self._registers.numel():
-            self._registers = torch.zeros(capacity, REGISTERS, *work.start.shape[1:], device=device)
-            self._embeds = torch.zeros(capacity, *work.embeds.shape, device=device)
+            sample = work.start.shape[1:]
+            self._registers = self._zeros(REGISTERS, *sample)
+            self._denoised, self._noise = self._zeros(*sample), self._zeros(*sample)
+            self._embeds = self._zeros(*work.embeds.shape)
             if work.pooled is not None and work.time_ids is not None:
-                self._pooled = torch.zeros(capacity, *work.pooled.shape, device=device)
-                self._time_ids = torch.zeros(capacity, *work.time_ids.shape, device=device)
+                self._pooled = self._zeros(*work.pooled.shape)
+                self._time_ids = self._zeros(*work.time_ids.shape)
+        if work.mask is not None and self._mask is None:
+            sample = work.start.shape[1:]
+            self._mask = self._zeros(1, *sample[1:]) + 1.0
+            self._kept_image, self._kept_noise = self._zeros(*sample), self._zeros(*sample)
         missing = len(work.table.sigmas) - self._sigmas.shape[1]
         if missing > 0:
             missing = max(missing, self._sigmas.shape[1])
             self._sigmas = _grown(self._sigmas, missing)
             self._timesteps = _grown(self._timesteps, missing)
             self._matrices = _grown(self._matrices, missing)
+            self._graphs.forget()  # they read the old ones
 
-
-def _work(occupant: Occupant):
-    work = occupant.job.work
-    assert work is not None
-    return work
-
-
-def _masked(occupant: Occupant, denoised: torch.Tensor) -> torch.Tensor:
-    work, image = _work(occupant), occupant.image
-    if work.mask is None:
-        return denoised
-    mask = work.mask[image].to(denoised.device)
-    return denoised * mask + work.latent_image[image].to(denoised.device) * (1.0 - mask)
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(self._slots, *shape, dtype=dtype, device=self._device)
 
 
 def _grown(tensor: torch.Tensor, rows: int) -> torch.Tensor:

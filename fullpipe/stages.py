@@ -6,25 +6,58 @@ for tests and for benchmarks that show what the server costs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import nn
 
+from fullpipe.engines.onednn import pack
 from fullpipe.errors import SetupError
 from fullpipe.text import PromptEncoder
 
 
-class VaeDecoder:
-    """Latents to pixels."""
+class PixelDecoder(nn.Module):
+    """latents [N, 4, h, w] fp32, in the VAE's own units → images [N, H, W, 3] uint8.
 
-    def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        """Load a diffusers `vae` folder; raises SetupError when it is missing or broken."""
-        vae = load_vae(folder, device, dtype)
-        del vae.encoder
-        self._vae = vae
+    Truncated as ComfyUI's SaveImage does.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.decoder, self.post_quant_conv, self.dtype = vae.decoder, vae.post_quant_conv, vae.dtype
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        latents = latents.to(self.dtype, memory_format=torch.channels_last)
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        pixels = ((self.decoder(latents).float() + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0
+        return pixels.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+
+
+class VaeDecoder:
+    """Latents to pixels.
+
+    Attributes:
+        decoder: the module that does it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        is_packed: bool = True,
+    ):
+        """Load a diffusers `vae` folder; raises what `load_vae` raises."""
+        vae = load_vae(folder, device, dtype, is_packed=is_packed)
+        self.decoder = PixelDecoder(vae).requires_grad_(False)
+        self._device = device
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -33,17 +66,14 @@ class VaeDecoder:
         Args:
             latents: [N, 4, h, w] fp32 in the VAE's own units.
         Returns:
-            [N, H, W, 3] uint8 on the CPU, truncated as ComfyUI's SaveImage does.
+            [N, H, W, 3] uint8 on the CPU.
         """
-        pictures = [self._decode_one(latent[None]) for latent in latents]
-        return torch.cat(pictures)
+        latents = latents.to(self._device, torch.float32)
+        return torch.cat([self.decode_one(latent[None]).cpu() for latent in latents])
 
-    def _decode_one(self, latent: torch.Tensor) -> torch.Tensor:
-        vae = self._vae
-        latent = latent.to(vae.device, vae.dtype, memory_format=torch.channels_last)
-        (decoded,) = vae.decode(latent, return_dict=False)
-        pixels = ((decoded.float() + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0
-        return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    def decode_one(self, latents: torch.Tensor) -> torch.Tensor:
+        """[1, 4, h, w] fp32 → [1, H, W, 3] uint8, both on the device."""
+        return self.decoder(latents)
 
 
 class VaeEncoder:
@@ -98,9 +128,20 @@ class LocalStages:
         return self._decoder.decode(latents).numpy()
 
 
-def load_vae(folder: Path, device: str, dtype: torch.dtype) -> AutoencoderKL:
-    """Read a diffusers AutoencoderKL folder; raises SetupError when it is missing or broken."""
+def load_vae(
+    folder: Path, device: str, dtype: torch.dtype, *, is_packed: bool = True
+) -> AutoencoderKL:
+    """Read a diffusers AutoencoderKL folder.
+
+    Args:
+        dtype: of weights and arithmetic; SDXL's overflows in fp16 and is computed in bf16 then.
+        is_packed: whether its layers are replaced by `fullpipe.engines.onednn`'s on a CPU.
+    Raises:
+        SetupError: it is missing or broken.
+    """
     try:
+        if dtype == torch.float16 and needs_range(folder):
+            dtype = torch.bfloat16
         vae = AutoencoderKL.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True
         )
@@ -108,4 +149,10 @@ def load_vae(folder: Path, device: str, dtype: torch.dtype) -> AutoencoderKL:
         raise SetupError(
             f"{folder} holds no readable VAE ({error}); `fullpipe assemble` writes one"
         ) from error
-    return vae.to(device=device, memory_format=torch.channels_last).eval()
+    vae = vae.to(device=device, memory_format=torch.channels_last).eval()
+    return pack(vae) if is_packed else vae
+
+
+def needs_range(folder: Path) -> bool:
+    """Whether a VAE overflows in fp16, which is `force_upcast` in its configuration."""
+    return bool(json.loads((folder / "config.json").read_text()).get("force_upcast", False))

@@ -20,6 +20,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
+from fullpipe.seal import check_seal, seal_parameters
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ METRICS = {
     "fullpipe_requests_total": ("COUNTER", "Requests answered, by outcome"),
     "fullpipe_stage_milliseconds_total": ("COUNTER", "Milliseconds spent, by stage"),
     "fullpipe_stage_count_total": ("COUNTER", "Requests that passed a stage"),
+    "fullpipe_result_cache_total": ("COUNTER", "Look-ups of whole results, by result"),
     "fullpipe_open_jobs": ("GAUGE", "Requests that are not answered yet"),
     "fullpipe_queued_images": ("GAUGE", "Images that wait for a slot"),
     "fullpipe_slots_in_use": ("GAUGE", "Images in the denoising loop"),
@@ -79,6 +81,25 @@ def read_inputs(request: Any) -> dict[str, np.ndarray]:
     shared memory under its inputs.
     """
     return {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
+
+
+def trace_context(request: Any) -> str | None:
+    """The trace that a request belongs to, as JSON with a traceparent; None without one."""
+    trace = request.trace()
+    return trace.get_context() if trace is not None else None
+
+
+def add_job_id(request: Any, inputs: dict[str, np.ndarray]) -> None:
+    """Name a job after the request's X-Request-Id where it has no name of its own.
+
+    So the gateway's log and the loop's know it by one name. Triton hands the header over when it is
+    started with `--http-header-forward-pattern`.
+    """
+    if "job_id" in inputs or "op" in inputs:
+        return
+    for name, value in json.loads(request.parameters() or "{}").items():
+        if name.lower() == "x-request-id" and isinstance(value, str) and value:
+            inputs["job_id"] = np.array([value.encode()], dtype=object)
 
 
 def tensor(name: str, value: Any) -> Any:
@@ -137,6 +158,7 @@ def call_model(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
         model_name=model,
         requested_output_names=list(outputs),
         inputs=[tensor(name, value) for name, value in inputs.items()],
+        parameters=seal_parameters(),
     ).exec()
     if answer.has_error():
         message = answer.error().message()
@@ -166,12 +188,20 @@ def first_string(output: Any) -> str:
 
 
 def run_stage(
-    requests: Sequence[Any], stage: Callable[[dict[str, np.ndarray]], Mapping[str, Any]]
+    requests: Sequence[Any],
+    stage: Callable[[dict[str, np.ndarray]], Mapping[str, Any]],
+    is_open: bool = False,
 ) -> list[Any]:
-    """Answer each request of an ordinary model by itself, so one bad request fails alone."""
+    """Answer each request of an ordinary model by itself, so one bad request fails alone.
+
+    Args:
+        is_open: take calls from anybody, also on a sealed server; see `fullpipe.seal`.
+    """
     responses = []
     for request in requests:
         try:
+            if not is_open:
+                check_seal(request.parameters())
             responses.append(response(stage(read_inputs(request))))
         except Exception as error:
             responses.append(error_response(error))
@@ -227,6 +257,10 @@ class TritonMetrics:
         """See `Observer`."""
         self._add("fullpipe_requests_total", 1, "outcome", code)
 
+    def result_cache(self, result: str) -> None:
+        """One look-up of a whole result; see `fullpipe.cache_store.RedisStore.get`."""
+        self._add("fullpipe_result_cache_total", 1, "result", result)
+
     def waiting(self, open_jobs: int, queued_images: int, slots: int) -> None:
         """See `Observer`; negative numbers leave a gauge as it is."""
         with self._guard:
@@ -273,6 +307,21 @@ class TritonMetrics:
             labels = {"pipeline": self._pipeline, **({label: label_value} if label else {})}
             self._metrics[key] = self._families[name].Metric(labels=labels)
         return self._metrics[key]
+
+
+def counter(name: str, description: str, label: str, **labels: str) -> Callable[[str], None]:
+    """A counter of a stage, by one label's value; for the thread of `execute` alone."""
+    family = pb_utils.MetricFamily(
+        name=name, description=description, kind=pb_utils.MetricFamily.COUNTER
+    )
+    metrics: dict[str, Any] = {}
+
+    def count(value: str) -> None:
+        if value not in metrics:
+            metrics[value] = family.Metric(labels={**labels, label: value})
+        metrics[value].increment(1)
+
+    return count
 
 
 def parameters(args: Mapping[str, str]) -> dict[str, str]:

@@ -57,13 +57,13 @@ def open_pipeline(config, demo_unet, demo_stages):
     """Opens in-process pipelines with changed settings, and closes them after the test."""
     opened = []
 
-    def open_one(unet=None, stages=None, limits=None, **loop_settings):
+    def open_one(unet=None, unets=None, stages=None, limits=None, **loop_settings):
         changed = dataclasses.replace(
             config,
             loop=dataclasses.replace(LoopSettings(), **loop_settings),
             limits=dataclasses.replace(config.limits, **(limits or {})),
         )
-        opened.append(LocalPipeline(changed, unet or demo_unet, stages or demo_stages))
+        opened.append(LocalPipeline(changed, unets or [unet or demo_unet], stages or demo_stages))
         return opened[-1]
 
     yield open_one

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import io
 import json
 import os
 import re
@@ -17,7 +20,7 @@ from fullpipe import contract
 from fullpipe.assemble import PARAMETER
 from fullpipe.cli import _parser
 from fullpipe.config import Defaults, Limits, LoopSettings
-from fullpipe.errors import InvalidRequest
+from fullpipe.errors import InvalidRequest, PipelineError
 from fullpipe.local import as_tensors
 from fullpipe.samplers import SAMPLERS, UNSUPPORTED
 from fullpipe.schedulers import SCHEDULERS
@@ -28,32 +31,58 @@ README, HTTP = ROOT / "README.md", ROOT / "docs" / "http.md"
 LOOP, OPERATIONS = ROOT / "docs" / "loop.md", ROOT / "docs" / "operations.md"
 LIMIT_S = 120
 
-# Examples that this test does not run, by a line of theirs, and why.
-NOT_RUN = {
-    "make demo   # sets up": "installs torch; it is what this very environment was made with",
-    "fullpipe serve": "serves until somebody stops it; tests/test_server.py does that",
+# Why an example may stand below `<!-- not run: REASON -->`.
+REASONS = {
+    "it is what this very environment was made with",
+    "it installs packages of the system",
+    "it measures for minutes",
+    "it needs NVIDIA's container",
+    "it needs a ComfyUI",
+    "it needs a GPU",
+    "it needs a checkpoint",
+    "it needs a gateway",
+    "it needs another checkpoint",
+    "it serves until somebody stops it",
+    "tests/test_check.py runs it",
+    "tests/test_bench_perf_analyzer.py runs the tool",
 }
+# Pages whose python quotes the sources, which a test of its own compares.
+QUOTING = {LOOP}
 
 
-def blocks(path: Path) -> list[tuple[str, str, str, str]]:
-    """(id, language, code, text that the page says it prints) of each bash or python example."""
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One bash or python block of a page.
+
+    Attributes:
+        printed: what the page says that it prints; may be empty.
+        reason: why it is not run; empty if it is.
+    """
+
+    name: str
+    language: str
+    code: str
+    printed: str
+    reason: str
+
+
+def examples(page: Path) -> list[Example]:
     found = re.findall(
-        r"^```(bash|python)\n(.*?)^```\n(?:\n^```(json|text)\n(.*?)^```\n)?",
-        path.read_text(encoding="utf-8"),
+        r"^(?:<!-- not run: (.*?) -->\n)?```(bash|python)\n(.*?)^```\n"
+        r"(?:\n^```(json|text)\n(.*?)^```\n)?",
+        page.read_text(encoding="utf-8"),
         re.DOTALL | re.MULTILINE,
     )
     return [
-        (f"{path.name}-{number}", language, code, printed.strip())
-        for number, (language, code, _, printed) in enumerate(found)
+        Example(f"{page.stem}-{number}", language, code, printed.strip(), reason)
+        for number, (reason, language, code, _, printed) in enumerate(found)
+        if not (page in QUOTING and language == "python")
     ]
 
 
-def is_run(code: str) -> bool:
-    return not any(line in code for line in NOT_RUN)
-
-
-EXAMPLES = [*blocks(README), *blocks(HTTP)]
-RUN = [example for example in EXAMPLES if is_run(example[2])]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/perf_analyzer/README.md"]
+EXAMPLES = [example for page in PAGES for example in examples(page)]
+RUN = [example for example in EXAMPLES if not example.reason]
 
 
 @pytest.fixture
@@ -70,7 +99,8 @@ def run(folder, triton):
     (folder / "bin").mkdir()
     command = folder / "bin" / "fullpipe"
     command.write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" -m fullpipe.cli "$@" --url {triton.url}\n'
+        f'#!/bin/sh\ncase $1 in generate|models) set -- "$@" --url {triton.url};; esac\n'
+        f'exec "{sys.executable}" -m fullpipe.cli "$@"\n'
     )
     command.chmod(0o755)
     addresses = {
@@ -104,14 +134,11 @@ def run(folder, triton):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize(
-    ("language", "code", "printed"),
-    [example[1:] for example in RUN],
-    ids=[example[0] for example in RUN],
-)
-def test_example_does_what_the_page_says(run, folder, language, code, printed):
+@pytest.mark.parametrize("example", RUN, ids=[example.name for example in RUN])
+def test_example_does_what_the_page_says(run, folder, example):
+    code, printed = example.code, example.printed
     given = {path.name for path in folder.iterdir()}
-    output = run(language, code)
+    output = run(example.language, code)
     if printed.startswith("{"):
         assert json.loads(output) == json.loads(printed)
     elif printed:
@@ -130,11 +157,11 @@ def test_example_does_what_the_page_says(run, folder, language, code, printed):
 
 @pytest.mark.triton
 def test_streams_bring_steps_and_a_picture(run):
-    for _, language, code, printed in RUN:
-        if "curl" in code and "generate_stream" in code and not printed:
+    for example in RUN:
+        if "curl" in example.code and "generate_stream" in example.code and not example.printed:
             events = [
                 json.loads(line.removeprefix("data:"))
-                for line in run(language, code).splitlines()
+                for line in run(example.language, example.code).splitlines()
                 if line.startswith("data:")
             ]
             told = [json.loads(event["event"]) for event in events]
@@ -147,11 +174,10 @@ def test_streams_bring_steps_and_a_picture(run):
     raise AssertionError("no example of a stream")
 
 
-def test_every_example_that_is_not_run_is_known():
-    for line, reason in NOT_RUN.items():
-        assert reason
-        assert any(line in code for _, _, code, _ in EXAMPLES), f"no example has {line!r} any more"
-    assert len(EXAMPLES) - len(RUN) <= len(NOT_RUN)
+def test_every_example_that_is_not_run_says_why():
+    reasons = {example.reason for example in EXAMPLES if example.reason}
+    assert reasons <= REASONS
+    assert {README, HTTP} <= {page for page in PAGES if any(not e.reason for e in examples(page))}
 
 
 def test_readme_has_the_line_that_serve_shows():
@@ -161,7 +187,9 @@ def test_readme_has_the_line_that_serve_shows():
 
 def table(heading: str, *columns: str) -> dict[str, dict[str, str]]:
     """The table with these columns below a heading of docs/http.md: first column -> the others."""
-    section = HTTP.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = re.split(rf"\n###? {heading}\n", HTTP.read_text(encoding="utf-8"))[1].split("\n## ")[
+        0
+    ]
     lines = section.split("| " + " | ".join(columns) + " |\n")[1].split("\n\n")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in lines[1:]]
     return {row[0].strip("`"): dict(zip(columns, row, strict=True)) for row in rows}
@@ -232,6 +260,57 @@ def test_defaults_are_the_servers():
     assert progress["op"]["default"] == "`generate`"
 
 
+def refused() -> list[tuple[dict, str]]:
+    """Requests of the table in docs/http.md and their answers; words stand for some of them."""
+    wide = io.BytesIO()
+    Image.new("RGB", (520, 64)).save(wide, "PNG")
+    white = np.full((1, 128, 128, 3), 255, np.uint8)
+    words = {
+        "a prompt of 8001 characters": {"prompt": "a" * 8001},
+        "`init_image` and `init_image_b64`": {
+            "prompt": "a",
+            "init_image": white,
+            "init_image_b64": "QQ==",
+        },
+        "a start picture of 128×128 and `width` 256": {
+            "prompt": "a",
+            "init_image": white,
+            "width": 256,
+        },
+        "a picture of more than 519 pixels a side": {
+            "prompt": "a",
+            "init_image_b64": base64.b64encode(wide.getvalue()).decode(),
+        },
+        "`latents` with 3 channels": {
+            "prompt": "a",
+            "latents": np.zeros((1, 3, 8, 8), np.float32),
+        },
+        "`prompt_embeds` of another width": {
+            "prompt_embeds": np.zeros((1, 77, 5), np.float32),
+            "negative_prompt_embeds": np.zeros((1, 77, 5), np.float32),
+        },
+    }
+    found = []
+    for request, row in table("What is refused", "request", "answer").items():
+        if row["answer"].startswith("INVALID_ARG") and "in use" not in row["answer"]:
+            inputs = words.get(row["request"]) or json.loads(request)
+            found.append((inputs, row["answer"]))
+    return found
+
+
+def test_what_is_refused_is_refused_in_these_words(open_pipeline):
+    pipeline = open_pipeline()
+    assert len(refused()) >= 25
+    for inputs, answer in refused():
+        with pytest.raises(PipelineError) as caught:
+            pipeline.generate(**inputs)
+        said = f"{caught.value.code}: {caught.value}"
+        if answer.endswith("…"):
+            assert said.startswith(answer.removesuffix("…").strip()), said
+        else:
+            assert said == answer
+
+
 def test_ranges_are_the_servers():
     progress = table("Progress and cancel", *INPUTS)
     rows = {**table("Inputs", *INPUTS), **table("Latents and embeddings", *INPUTS)}
@@ -287,14 +366,14 @@ def test_stages_are_the_models():
             assert re.findall(r"`(\w+)`", row[f"{part}s"]) == declared
 
 
-def test_readme_lists_every_metric():
+def test_operations_lists_every_metric():
     # triton_adapter itself can be imported inside Triton only.
     source = (ROOT / "fullpipe" / "triton_adapter.py").read_text(encoding="utf-8")
     metrics = re.findall(r'^ {4}"(fullpipe_\w+)": \("(\w+)"', source, re.MULTILINE)
-    readme = README.read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `(fullpipe_\w+)` \| (\w+)", readme, re.MULTILINE)
+    page = OPERATIONS.read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(fullpipe_\w+)` \| (\w+)", page, re.MULTILINE)
     assert [(name, kind.upper()) for name, kind in listed] == metrics
-    assert set(re.findall(r"fullpipe_\w+_total", readme)) <= {name for name, _ in metrics}
+    assert set(re.findall(r"fullpipe_\w+_total", page)) <= {name for name, _ in metrics}
 
 
 @pytest.mark.parametrize(("group", "settings"), [("limits", Limits()), ("loop", LoopSettings())])

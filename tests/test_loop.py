@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fullpipe.engines import Engine
 from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
 
 SMALL = {"width": 128, "height": 128}
@@ -25,7 +26,7 @@ OTHERS = [
 ]
 
 
-class Watched:
+class Watched(Engine):
     """A real engine with a turnstile: records the rows of every call, can wait or raise first."""
 
     def __init__(self, engine):
@@ -177,6 +178,23 @@ def test_a_failing_job_spares_the_others(open_pipeline, watched):
         bad.result(timeout=20)
     for future in good:
         assert future.result(timeout=20).images.shape == (1, 128, 128, 3)
+
+
+def test_a_lost_gpu_answers_everyone_at_once(open_pipeline, watched):
+    def lose(tensors):
+        if len(watched.calls) > 2:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    watched.before = lose
+    pipeline = open_pipeline(unet=watched)
+    jobs = [pipeline.submit(prompt=RED, seed=n, steps=50, **SMALL) for n in range(3)]
+    for job in jobs:
+        with pytest.raises(Unavailable, match="the GPU failed; the server has to be restarted"):
+            job.result(timeout=20)
+    calls = len(watched.calls)
+    with pytest.raises(Unavailable, match="the GPU failed"):
+        pipeline.generate(prompt=RED, steps=1, **SMALL)
+    assert len(watched.calls) == calls == 3, "a failed device was used again"
 
 
 def test_batch_of_one_request(open_pipeline):

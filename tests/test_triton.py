@@ -35,7 +35,7 @@ def client(triton_url):
 
 @pytest.fixture(scope="module")
 def local(config, demo_unet, demo_stages):
-    with LocalPipeline(config, demo_unet, demo_stages) as pipeline:
+    with LocalPipeline(config, [demo_unet], demo_stages) as pipeline:
         yield pipeline
 
 

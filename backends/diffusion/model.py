@@ -24,30 +24,54 @@ class TritonPythonModel:
                     f" allowed: {', '.join(STAGES)}"
                 )
             self._stage = STAGES[config.stage](folder, config)
+            # Ensembles call the picture encoder, and no word travels along with theirs.
+            self._is_open = config.stage == "image_encoder"
         except SetupError as error:
             raise triton.abort_loading(error) from error
 
     def execute(self, requests):
         """Answer each request by itself."""
-        return triton.run_stage(requests, self._stage)
+        return triton.run_stage(requests, self._stage, self._is_open)
 
 
 def text_encoder(folder, config):
     """prompt, negative_prompt, clip_skip → the four tensors of `PromptEncoder.encode`."""
-    dtype = torch_dtype(config)
+    dtype = stage_dtype(config)
+    import torch
+
+    from fullpipe import __version__
+    from fullpipe.cache_embeddings import cached
     from fullpipe.text import PromptEncoder
 
+    execute = {}
+    if config.engine != "torch":
+        from fullpipe.engines.loading import load_clip
+
+        pipeline = pipeline_config(folder)
+        execute = {"execute": lambda part, model: load_clip(part, model, pipeline, config.device)}
     embeddings = folder / "embeddings"
     encoder = PromptEncoder.from_folder(
         folder,
         device=config.device,
         dtype=dtype,
         embeddings_folder=embeddings if embeddings.is_dir() else None,
+        **execute,
+    )
+    encode = cached(
+        encoder.encode,
+        folder,
+        facts=(__version__, torch.__version__, config.device, config.engine, dtype),
+        count=triton.counter(
+            "fullpipe_embedding_cache_total",
+            "Look-ups of embeddings in the shared cache, by result",
+            "result",
+            model=folder.parent.name,
+        ),
     )
 
     def stage(inputs):
         clip_skip = inputs.get("clip_skip")
-        return encoder.encode(
+        return encode(
             triton.text("prompt", inputs["prompt"]),
             triton.text("negative_prompt", inputs.get("negative_prompt")),
             None if clip_skip is None else int(clip_skip[0]),
@@ -58,10 +82,10 @@ def text_encoder(folder, config):
 
 def unet(folder, config):
     """sample, timestep, encoder_hidden_states[, text_embeds, time_ids] → noise_pred."""
-    dtype = torch_dtype(config)
-    from fullpipe.engines.torch_engine import TorchUNet
+    stage_dtype(config)
+    from fullpipe.engines.loading import load_unet
 
-    engine = TorchUNet(folder / "unet", device=config.device, dtype=dtype)
+    engine = load_unet(folder / "unet", pipeline_config(folder), config.device)
     return lambda inputs: engine.run(
         {name: from_numpy(value).to(config.device) for name, value in inputs.items()}
     )
@@ -69,19 +93,29 @@ def unet(folder, config):
 
 def vae_decoder(folder, config):
     """latents → images."""
-    dtype = torch_dtype(config)
-    from fullpipe.stages import VaeDecoder
+    dtype = stage_dtype(config)
+    if config.engine != "torch":
+        from fullpipe.engines.loading import load_vae_decoder
 
-    decoder = VaeDecoder(folder / "vae", device=config.device, dtype=dtype)
+        decoder = load_vae_decoder(folder / "vae", pipeline_config(folder), config.device)
+    else:
+        from fullpipe.stages import VaeDecoder
+
+        decoder = VaeDecoder(folder / "vae", device=config.device, dtype=dtype)
     return lambda inputs: {"images": decoder.decode(from_numpy(inputs["latents"]))}
 
 
 def vae_encoder(folder, config):
     """images → latents."""
-    dtype = torch_dtype(config)
-    from fullpipe.stages import VaeEncoder
+    dtype = stage_dtype(config)
+    if config.engine != "torch":
+        from fullpipe.engines.loading import load_vae_encoder
 
-    encoder = VaeEncoder(folder / "vae", device=config.device, dtype=dtype)
+        encoder = load_vae_encoder(folder / "vae", pipeline_config(folder), config.device)
+    else:
+        from fullpipe.stages import VaeEncoder
+
+        encoder = VaeEncoder(folder / "vae", device=config.device, dtype=dtype)
     return lambda inputs: {"latents": encoder.encode(from_numpy(inputs["images"]))}
 
 
@@ -104,13 +138,22 @@ STAGES = {
 }
 
 
-def torch_dtype(config):
+def pipeline_config(folder):
+    """The pipeline that a stage's engine was built for."""
+    from fullpipe.config import PipelineConfig
+
+    return PipelineConfig.load(folder / "pipeline.json")
+
+
+def stage_dtype(config):
     """The stage's torch dtype; imports torch, which the picture stage does without."""
     import torch
 
+    from fullpipe.engines.loading import torch_dtype
+
     if config.torch_threads:
         torch.set_num_threads(config.torch_threads)
-    return getattr(torch, config.dtype)
+    return torch_dtype(config.precision)
 
 
 def from_numpy(array):

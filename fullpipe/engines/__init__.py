@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 
+UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
 
-class Engine(Protocol):
-    """One network that can be executed.
+
+def in_order(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """A UNet's inputs in the order of `UNET_INPUTS`, those that there are."""
+    return [tensors[name] for name in UNET_INPUTS if name in tensors]
+
+
+class Engine:
+    """One network that can be executed; the base of every engine.
 
     UNet bindings: `sample` [R, 4, h, w], `timestep` [R], `encoder_hidden_states` [R, 77n, C]
     and, for SDXL, `text_embeds` [R, P] and `time_ids` [R, 6]; the result holds `noise_pred`
     [R, 4, h, w]. Every row stands for itself, so rows of different requests share a call.
     """
 
+    is_capturable = False
+    """Whether `run` only queues work on the current CUDA stream, so that a graph can record it."""
+
+    def row_counts(self, height: int, width: int, tokens: int) -> tuple[int, ...]:
+        """The numbers of rows that it runs at this latent size and prompt length; () for any."""
+        return ()
+
     def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Execute once; inputs and outputs are fp32 on the engine's device."""
-        ...
+        raise NotImplementedError

@@ -14,30 +14,21 @@ from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
 
+from fullpipe.engines import Engine, in_order
+from fullpipe.engines.onednn import pack
 from fullpipe.errors import SetupError
 
 
-class TorchUNet:
+class TorchUNet(Engine):
     """A diffusers UNet folder as an `Engine`."""
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        """Load config.json and the safetensors of `folder`.
-
-        Raises:
-            SetupError: the folder is missing or its files are broken.
-        """
-        try:
-            unet = UNet2DConditionModel.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise SetupError(
-                f"{folder} holds no readable UNet ({error}); `fullpipe assemble` writes one"
-            ) from error
-        self._unet = unet.to(device=device, memory_format=torch.channels_last).eval()
-        self._dtype = dtype
-        self._cores = torch.get_num_threads() if device == "cpu" else 1
+        """Load config.json and the safetensors of `folder`; raises what `load_network` raises."""
+        self._network = pack(load_network(folder, device=device, dtype=dtype))
+        self.is_capturable = torch.device(device).type == "cuda"
+        self._cores = 1 if self.is_capturable else torch.get_num_threads()
         self._threads = ThreadPoolExecutor(
             self._cores, "unet", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -46,24 +37,57 @@ class TorchUNet:
         """Predict noise for every row; see `Engine`."""
         rows = len(tensors["sample"])
         if self._cores == 1 or rows < self._cores:
-            return {"noise_pred": self._predict(tensors)}
-        parts = zip(*(tensor.tensor_split(self._cores) for tensor in tensors.values()), strict=True)
-        shares = [dict(zip(tensors, part, strict=True)) for part in parts]
-        return {"noise_pred": torch.cat(list(self._threads.map(self._predict, shares)))}
+            return {"noise_pred": self._predict(*in_order(tensors))}
+        shares = (tensor.tensor_split(self._cores) for tensor in in_order(tensors))
+        return {"noise_pred": torch.cat(list(self._threads.map(self._predict, *shares)))}
 
     @torch.inference_mode()
-    def _predict(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _predict(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self._network(*inputs)
+
+
+class Fp32Ends(nn.Module):
+    """A diffusers UNet of any precision with fp32 inputs and outputs, in the bindings' order."""
+
+    def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype):
+        super().__init__()
+        self.unet = unet
+        self._dtype = dtype
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Inputs as the UNet bindings of `Engine`; returns noise_pred [R, 4, h, w] fp32."""
         added = None
-        if "text_embeds" in tensors:
-            added = {
-                "text_embeds": tensors["text_embeds"].to(self._dtype),
-                "time_ids": tensors["time_ids"].to(self._dtype),
-            }
-        (noise_pred,) = self._unet(
-            tensors["sample"].to(self._dtype, memory_format=torch.channels_last),
-            tensors["timestep"],
-            encoder_hidden_states=tensors["encoder_hidden_states"].to(self._dtype),
+        if text_embeds is not None and time_ids is not None:
+            added = {"text_embeds": text_embeds.to(self._dtype), "time_ids": time_ids}
+        (noise_pred,) = self.unet(
+            sample.to(self._dtype, memory_format=torch.channels_last),
+            timestep,
+            encoder_hidden_states=encoder_hidden_states.to(self._dtype),
             added_cond_kwargs=added,
             return_dict=False,
         )
         return noise_pred.float().contiguous()
+
+
+def load_network(folder: Path, *, device: str, dtype: torch.dtype) -> Fp32Ends:
+    """Read a diffusers UNet folder, in channels-last layout and eval mode.
+
+    Raises:
+        SetupError: the folder is missing or its files are broken.
+    """
+    try:
+        unet = UNet2DConditionModel.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise SetupError(
+            f"{folder} holds no readable UNet ({error}); `fullpipe assemble` writes one"
+        ) from error
+    return Fp32Ends(unet.to(device=device, memory_format=torch.channels_last).eval(), dtype)

@@ -28,6 +28,8 @@ class ChunkEncoder:
         default_skip: stop_at_clip_layer where a request names none; None is the last layer, normed.
         is_hidden_normed: whether a layer named by stop_at_clip_layer goes through the final norm.
         has_pooled: whether the pooled output is wanted; it is projected if the model can.
+        layers: that the encoder was trained with, from which stop_at_clip_layer counts back; a
+            checkpoint may leave out the last ones.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ChunkEncoder:
         default_skip: int | None,
         is_hidden_normed: bool,
         has_pooled: bool,
+        layers: int,
     ) -> None:
         self.model = model
         self.embedding_key = embedding_key
@@ -48,6 +51,7 @@ class ChunkEncoder:
         self.has_pooled = has_pooled
         self._default_skip = default_skip
         self._is_hidden_normed = is_hidden_normed
+        self._layers = layers
         self._empty: dict[int | None, torch.Tensor] = {}
 
     @property
@@ -83,8 +87,10 @@ class ChunkEncoder:
 
     def _hidden_layer(self, clip_skip: int | None) -> int | None:
         skip = self._default_skip if clip_skip is None else clip_skip
-        layers = self.model.config.num_hidden_layers
-        return None if skip is None or -skip > layers else layers + skip
+        if skip is None or -skip > self._layers:
+            return None
+        layer = self._layers + skip
+        return layer if layer < self.model.config.num_hidden_layers else None
 
     def _weigh(
         self, hidden: torch.Tensor, weights: list[list[float]], layer: int | None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fullpipe.errors import InvalidRequest, SetupError
-from fullpipe.text.clip import load_clip
+from fullpipe.text.clip import ClipTextModel, load_clip
 from fullpipe.text.conditioning import ChunkEncoder
 from fullpipe.text.embeddings import EmbeddingsFolder
 from fullpipe.text.prompt import Piece, check_text, split_prompt
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # What ComfyUI's CLIPSetLastLayer node allows.
 CLIP_SKIP_MIN, CLIP_SKIP_MAX = -24, -1
+OPEN_CLIP_H_LAYERS = 24
 
 
 class PromptEncoder:
@@ -46,8 +49,12 @@ class PromptEncoder:
         embeddings_folder: Path | None = None,
         max_tokens: int = 15_000,
         weights_dtype: torch.dtype | None = torch.float16,
+        execute: Callable[[Path, ClipTextModel], Any] = lambda folder, model: model,
     ) -> PromptEncoder:
-        """Load the text part of a diffusers checkpoint: SD1, or SDXL if it has a text_encoder_2.
+        """Load the text part of a diffusers checkpoint: SD1, SD2, or SDXL with a text_encoder_2.
+
+        SD2's encoder is OpenCLIP-H, told from CLIP-L by its activation. ComfyUI reads its layer
+        -2 of 24, with the final norm, and pads with 0; diffusers' folders leave layer 24 out.
 
         Args:
             folder: holds tokenizer, text_encoder and, for SDXL, text_encoder_2. SDXL's tokenizer_2
@@ -60,6 +67,7 @@ class PromptEncoder:
             weights_dtype: the precision that weights are cut to before they are converted to
                 `dtype`. ComfyUI keeps text encoders in fp16 on every device and computes in fp32,
                 so the default gives its results for fp32 and bf16 checkpoints too. None: as stored.
+            execute: gets each encoder's folder and model, and returns what stands in for the model.
         Raises:
             SetupError: a file is missing or broken; the message names it and the remedy.
         """
@@ -77,20 +85,23 @@ class PromptEncoder:
                 dtype=dtype,
                 weights_dtype=weights_dtype,
             )
+            model = execute(folder / name, model)
             if tokenizer.size > model.config.vocab_size:
                 raise SetupError(
                     f"{folder / 'tokenizer'} has {tokenizer.size} tokens, {name} beside it "
                     f"{model.config.vocab_size}: copy both from one checkpoint"
                 )
+            is_sd2 = not is_sdxl and model.config.hidden_act == "gelu"
             return ChunkEncoder(
                 model,
-                embedding_key=key,
+                embedding_key="clip_h" if is_sd2 else key,
                 start=tokenizer.start,
                 end=tokenizer.end,
-                pad=pad,
-                default_skip=-2 if is_sdxl else None,
+                pad=0 if is_sd2 else pad,
+                default_skip=-2 if is_sdxl or is_sd2 else None,
                 is_hidden_normed=not is_sdxl,
                 has_pooled=has_pooled,
+                layers=OPEN_CLIP_H_LAYERS if is_sd2 else model.config.num_hidden_layers,
             )
 
         encoders = [load("text_encoder", key="clip_l", pad=tokenizer.end, has_pooled=not is_sdxl)]

@@ -6,14 +6,21 @@ calls get through at any time.
 """
 
 import json
+import os
+import threading
 
 import numpy as np
 import torch
 
+from fullpipe import __version__
 from fullpipe import triton_adapter as triton
+from fullpipe.cache_results import results_from_environment
 from fullpipe.config import PipelineConfig
+from fullpipe.engines import Engine
+from fullpipe.engines.loading import load_unet
 from fullpipe.errors import SetupError
 from fullpipe.pipeline import Pipeline
+from fullpipe.traces import LoopTraces
 
 EMBEDS = (
     "prompt_embeds",
@@ -34,23 +41,36 @@ class TritonPythonModel:
             config = PipelineConfig.load(folder / "pipeline.json")
             if config.loop.torch_threads:
                 torch.set_num_threads(config.loop.torch_threads)
-            unet = BlsUNet(config) if config.loop.unet == "bls" else load_unet(folder, config)
+            make_unet = load_unet if config.loop.unet == "loop" else BlsUNet
+            unets = [make_unet(folder / "unet", config, name) for name in config.loop.devices]
         except SetupError as error:
             raise triton.abort_loading(error) from error
         self._metrics = triton.TritonMetrics(config.name)
-        self._pipeline = Pipeline(config, unet, BlsStages(config), self._metrics)
+        self._traces = LoopTraces.from_environment(config.name)
+        self._pipeline = Pipeline(config, unets, BlsStages(config), self._metrics, end_process)
+        self._results = results_from_environment(
+            self._pipeline.call, repr((config, __version__)), self._metrics.result_cache
+        )
+        self._call = self._results.call if self._results else self._pipeline.call
 
     def execute(self, requests):
         """Queue; the answers come later."""
         for request in requests:
-            self._take(request.get_response_sender(), triton.read_inputs(request))
+            context = triton.trace_context(request) if self._traces else None
+            inputs = triton.read_inputs(request)
+            triton.add_job_id(request, inputs)
+            self._take(request.get_response_sender(), inputs, context)
 
     def finalize(self):
         """Answer what is open and end the threads."""
+        if self._results:
+            self._results.close()
         self._pipeline.close()
         self._metrics.close()
+        if self._traces:
+            self._traces.close()
 
-    def _take(self, sender, inputs):
+    def _take(self, sender, inputs, context):
         def reply(outcome):
             if isinstance(outcome, Exception):
                 triton.send_last(sender, outcome)
@@ -66,29 +86,27 @@ class TritonPythonModel:
                         "event": "",
                     },
                 )
+                if self._traces:
+                    self._traces.finished(context, outcome.info)
 
-        self._pipeline.call(inputs, reply)
+        self._call(inputs, reply)
 
 
 NO_IMAGES = np.zeros((0, 0, 0, 3), np.uint8)
 EMPTY = {"images": NO_IMAGES, "latents": np.zeros((0, 0, 0, 0), np.float32), "info": ""}
 
 
-def load_unet(folder, config):
-    """The UNet of the version folder, in this process."""
-    from fullpipe.engines.torch_engine import TorchUNet
-
-    return TorchUNet(
-        folder / "unet", device=config.loop.device, dtype=getattr(torch, config.loop.dtype)
-    )
+def end_process():
+    """End after the answers have left, so that whoever watches the server starts it again."""
+    threading.Timer(1.0, os._exit, [1]).start()
 
 
-class BlsUNet:
+class BlsUNet(Engine):
     """The Triton model `unet` as an engine: a call per tick."""
 
-    def __init__(self, config):
+    def __init__(self, folder, config, device):
         self._model = config.models.unet
-        self._device = config.loop.device
+        self._device = device
 
     def run(self, tensors):
         """See `fullpipe.engines.Engine`."""

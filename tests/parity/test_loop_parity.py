@@ -7,6 +7,7 @@ import torch
 from comparison import Case, Samples, compare
 from network import TinyNetwork, contexts, noise_mask, start_latent
 
+from fullpipe.engines import Engine
 from fullpipe.job import Work
 from fullpipe.noise import SamplerNoise, start_noise
 from fullpipe.samplers import build_table, get_sampler
@@ -32,7 +33,7 @@ MIXED = [
 ]
 
 
-class Engine:
+class Network(Engine):
     """The tiny network behind the loop's protocol."""
 
     def __init__(self):
@@ -82,7 +83,7 @@ def sample_together(cases: list[Case]) -> list[Samples]:
     for _, work in prepared:
         for image in range(len(work.start)):
             group.put(SimpleNamespace(work=work), image)
-    engine = Engine()
+    engine = Network()
     while busy := [
         slot
         for slot in group.taken

@@ -1,0 +1,238 @@
+"""One checkpoint on a GPU: what the loop adds to the bare UNet, and how fast pictures come.
+
+The numbers matter because speed is what people come for: they say how near a picture's time is to
+that of its UNet calls alone, what sharing the GPU brings, and how long a server takes to start. All
+phases run one after the other in one run, on the same weights, and answer with raw pixels over
+HTTP. Without `--checkpoint` the weights are random, of the true architecture: as fast, no picture.
+
+    python -m bench.gpu --family sd1 [--engine compiled] [--concurrency 16] [--count 32]
+    python -m bench.gpu --checkpoint demo/checkpoint --device cpu --engine torch --precision fp32
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.record import spread, store
+from bench.served import load, prompts
+from fullpipe.assemble import Choices, assemble
+from fullpipe.client import Client
+from fullpipe.config import LoopSettings, PipelineConfig
+from fullpipe.engines import Engine
+from fullpipe.engines.loading import load_unet
+from fullpipe.server import ServerConfig, TritonServer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
+    parser.add_argument("--checkpoint", type=Path, help="instead of random weights")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--engine", default="compiled")
+    parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--buckets", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=7.0)
+    parser.add_argument("--count", type=int, default=32, help="requests of a phase")
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--diffusers", action="store_true", help="its pipeline too, eager")
+    arguments = parser.parse_args()
+
+    loop = LoopSettings(
+        device=arguments.device,
+        engine=arguments.engine,
+        precision=arguments.precision,
+        buckets=arguments.buckets if arguments.engine != "torch" else [],
+        max_rows=max(arguments.buckets),
+    )
+    result: dict = {
+        "request": f"native size, {arguments.steps} steps, euler, cfg {arguments.cfg:g}, raw",
+        "loop": dataclasses.asdict(loop),
+        "device": _device_name(arguments.device),
+    }
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as name:
+        folder = Path(name)
+        checkpoint = arguments.checkpoint or _random_checkpoint(arguments.family, folder)
+        for where in ("loop", "bls"):
+            repository = folder / where
+            started = time.perf_counter()
+            settings = dataclasses.replace(loop, unet=where)
+            config = assemble(checkpoint, repository, Choices(loop=settings), report=print)
+            result[where] = {"assemble_s": round(time.perf_counter() - started, 1)}
+            if where == "loop":
+                unet = load_unet(repository / "scheduler_model" / "1" / "unet", config, loop.device)
+                result["bare_unet"] = _bare_unet(unet, config, arguments.buckets)
+                del unet
+            result[where] |= _served(repository, arguments, is_whole=where == "loop")
+            print(where, result[where], flush=True)
+        if arguments.diffusers:
+            result["diffusers"] = _diffusers(checkpoint, arguments)
+    one = result["loop"]["one_at_a_time"]
+    bare_ms = arguments.steps * result["bare_unet"]["2"]["ms"]
+    result["loop_over_bare_unet"] = round(one["stages_ms"]["loop"] / bare_ms, 3)
+    result["together_over_one"] = round(
+        result["loop"]["together"]["images_per_second"] / one["images_per_second"], 3
+    )
+    store(f"gpu_{arguments.family}" if not arguments.checkpoint else "gpu", result)
+
+
+def _bare_unet(unet: Engine, config: PipelineConfig, rows: list[int]) -> dict:
+    """Median milliseconds of UNet calls alone, as a recorded graph where there is a GPU."""
+    facts, defaults = config.checkpoint, config.defaults
+    height, width = (side // facts.vae_scale_factor for side in (defaults.height, defaults.width))
+    device = config.loop.devices[0]
+    measured = {}
+    for count in rows:
+        tensors = {
+            "sample": torch.randn(count, facts.latent_channels, height, width),
+            "timestep": torch.randint(0, 1000, (count,)),
+            "encoder_hidden_states": torch.randn(count, 77, facts.embed_dim),
+        }
+        if facts.is_sdxl:
+            tensors |= {"text_embeds": torch.randn(count, facts.pooled_dim)}
+            tensors |= {"time_ids": torch.full((count, 6), float(defaults.width))}
+        inputs = {key: tensor.to(device) for key, tensor in tensors.items()}
+        milliseconds = _time(lambda inputs=inputs: unet.run(inputs), device)
+        measured[str(count)] = {"ms": round(milliseconds, 3)}
+    return measured
+
+
+def _time(run: Callable[[], object], device: str, repeats: int = 20) -> float:
+    """Median of single calls; CUDA events around the replays of a graph."""
+    if torch.device(device).type != "cuda":
+        run()
+        seconds = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+        return float(np.median(seconds)) * 1e3
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            run()
+        times = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    return float(np.median(times))
+
+
+def _served(repository: Path, arguments: argparse.Namespace, *, is_whole: bool) -> dict:
+    """Start, one at a time, and together; the last only where `is_whole`."""
+    captions, seeds = prompts(), itertools.count()
+    settings = ServerConfig(repository, http_port=0, grpc_port=0, metrics_port=0, log_level="error")
+    started = time.perf_counter()
+    stages = _Stages()
+    with TritonServer(settings) as server:
+        ready_s = time.perf_counter() - started
+        client = Client(server.url)
+
+        def make(_: int) -> object:
+            picture = client.generate(
+                next(captions),
+                seed=next(seeds),
+                steps=arguments.steps,
+                cfg=arguments.cfg,
+                output_format="raw",
+            )
+            stages.add(picture.info)
+            return picture
+
+        load(make, 3, 1)
+        stages.clear()
+        passed, seconds, _ = load(make, arguments.count, 1)
+        measured = {
+            "ready_s": round(ready_s, 1),
+            "one_at_a_time": {
+                "images_per_second": round(arguments.count / passed, 3),
+                **spread(seconds),
+                "stages_ms": stages.medians(),
+                "loop_ms_per_step": round(stages.medians()["loop"] / arguments.steps, 3),
+            },
+        }
+        if is_whole:
+            load(make, arguments.concurrency, arguments.concurrency)
+            stages.clear()
+            count = arguments.count * 2
+            passed, seconds, _ = load(make, count, arguments.concurrency)
+            measured["together"] = {
+                "concurrency": arguments.concurrency,
+                "images_per_second": round(count / passed, 3),
+                **spread(seconds),
+                "stages_ms": stages.medians(),
+                "mean_batch_rows": round(float(np.mean(stages.rows)), 2),
+            }
+    return measured
+
+
+class _Stages:
+    """What the answers' `info` says about their stages."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.milliseconds: list[dict[str, float]] = []
+        self.rows: list[float] = []
+
+    def add(self, info: dict) -> None:
+        self.milliseconds.append(info["milliseconds"])
+        self.rows.append(info["mean_batch_rows"])
+
+    def medians(self) -> dict[str, float]:
+        names = self.milliseconds[0]
+        return {n: round(float(np.median([m[n] for m in self.milliseconds])), 2) for n in names}
+
+
+def _diffusers(checkpoint: Path, arguments: argparse.Namespace) -> dict:
+    """diffusers' own pipeline on the same weights."""
+    from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    pipeline = DiffusionPipeline.from_pretrained(
+        checkpoint, dtype=dtype[arguments.precision], local_files_only=True
+    ).to(arguments.device)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    captions = prompts()
+    seconds = []
+    for _ in range(3 + min(10, arguments.count)):
+        started = time.perf_counter()
+        pipeline(
+            next(captions),
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.cfg,
+            output_type="np",
+        )
+        seconds.append(time.perf_counter() - started)
+    return spread(seconds[3:])
+
+
+def _random_checkpoint(family: str, folder: Path) -> Path:
+    from tests.engines.reduced import TRUE, build
+
+    return build(family, folder / "checkpoint", torch.float16, sizes=TRUE)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+if __name__ == "__main__":
+    main()

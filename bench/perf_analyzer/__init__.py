@@ -1,0 +1,1 @@
+"""NVIDIA's own load generator, unmodified, against a pipeline; `python -m bench.perf_analyzer`."""

@@ -1,0 +1,80 @@
+"""Networks compiled ahead of time with Inductor; the weights stay outside, in the module's tensors.
+
+A package holds the kernels of one module at one set of input shapes, a few megabytes whatever the
+module weighs, and loads in a fraction of a second. At load it is given the addresses of the
+module's own parameters, so that any number of packages share one copy of the weights, and whoever
+changes these in place (an adapter, say) changes what every package computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._inductor import aoti_compile_and_package, aoti_load_package
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fullpipe.errors import SetupError
+
+# cuDNN's attention is the fastest on Hopper, where it takes the shape; the others follow.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    "conv_1x1_as_mm": True,  # a matrix product takes its bias and what follows into one kernel
+}
+
+
+def compile_package(module: nn.Module, inputs: Sequence[torch.Tensor], path: Path) -> None:
+    """Compile `module` for inputs of exactly these shapes, dtypes and device, into one file.
+
+    Args:
+        module: in eval mode, its weights on the device that it will run on.
+        inputs: an example of each positional input; their values do not matter.
+        path: the package, `*.pt2`; its folder exists.
+    """
+    with torch.no_grad(), _fast_attention():
+        exported = torch.export.export(module, tuple(inputs))
+        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_OPTIONS)
+
+
+class Package:
+    """A compiled package bound to a module's weights: called like the module."""
+
+    def __init__(self, path: Path, module: nn.Module, device: torch.device):
+        """Load what `compile_package` wrote.
+
+        Args:
+            path: the package.
+            module: the one that was compiled, or one with parameters of the same names and shapes;
+                the caller keeps it alive, and changes its tensors only in place.
+            device: where its weights are.
+        Raises:
+            SetupError: the file is no package of this module.
+        """
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        index = -1 if device.type == "cpu" else device.index or 0
+        try:
+            # Run without its own synchronisation, which a CUDA graph could not record.
+            self._run = aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+            weights = {name: tensors[name] for name in self._run.get_constant_fqns()}
+            self._run.load_constants(weights, check_full_update=True, user_managed=True)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise SetupError(f"{path} is no compiled package of this network: {error}") from error
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Run once; inputs as they were when it was compiled, contiguous."""
+        return self._run(*inputs)
+
+
+@contextlib.contextmanager
+def _fast_attention() -> Iterator[None]:
+    with sdpa_kernel(_ATTENTION, set_priority=True):
+        yield

@@ -1,0 +1,174 @@
+"""The `compiled` engine: the UNet through Inductor ahead of time, a package per size and rows.
+
+`build` compiles once, when a repository is assembled; `CompiledUNet.load` only opens packages. What
+no package was built for, a prompt of several chunks for example, goes through the same weights in
+eager torch: the same image, later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fullpipe.config import LoopSettings
+from fullpipe.engines import Engine, in_order
+from fullpipe.engines.ahead_of_time import Package, compile_package
+from fullpipe.engines.torch_engine import Fp32Ends, load_network
+from fullpipe.errors import SetupError
+
+log = logging.getLogger(__name__)
+
+TOKENS = 77  # of one chunk, CLIP's context length
+CORES_PER_BUILD = 4  # Inductor compiles kernels on threads of its own
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What one package was built for: latent height and width, prompt tokens, UNet rows."""
+
+    height: int
+    width: int
+    tokens: int
+    rows: int
+
+    @property
+    def file(self) -> str:
+        """Name of its package."""
+        return f"{self.height}x{self.width}-{self.tokens}-{self.rows}.pt2"
+
+
+class CompiledUNet(Engine):
+    """A UNet of which some shapes run from packages."""
+
+    def __init__(self, network: Fp32Ends, device: torch.device, packages: Mapping[Signature, Path]):
+        """Open the packages for a network whose weights are on `device`."""
+        self.is_capturable = device.type == "cuda"
+        self._network = network
+        self._packages = {
+            signature: Package(path, network, device) for signature, path in packages.items()
+        }
+
+    @classmethod
+    def load(cls, folder: Path, settings: LoopSettings) -> CompiledUNet:
+        """Load the weights of `folder` and what `build` left there.
+
+        Raises:
+            SetupError: the weights or a package are missing or broken.
+        """
+        network = _load_fused(folder, settings)
+        paths = {s: folder / s.file for s in _signatures(network, settings)}
+        missing = [path.name for path in paths.values() if not path.is_file()]
+        if missing:
+            raise SetupError(f"{folder} lacks {', '.join(missing)}; assemble it again")
+        return cls(network, torch.device(settings.device), paths)
+
+    @property
+    def network(self) -> nn.Module:
+        """The module whose weights every package reads; to be changed in place only."""
+        return self._network
+
+    def row_counts(self, height: int, width: int, tokens: int) -> tuple[int, ...]:
+        """See `Engine`."""
+        shape = (height, width, tokens)
+        return tuple(
+            sorted(s.rows for s in self._packages if (s.height, s.width, s.tokens) == shape)
+        )
+
+    @torch.inference_mode()
+    def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Engine`."""
+        inputs = [tensor.contiguous() for tensor in in_order(tensors)]
+        rows, _, height, width = tensors["sample"].shape
+        tokens = tensors["encoder_hidden_states"].shape[1]
+        package = self._packages.get(Signature(height, width, tokens, rows))
+        return {"noise_pred": (package or self._network)(*inputs)}
+
+
+def build(folder: Path, settings: LoopSettings, report: Callable[[str], None]) -> None:
+    """Compile a package for every one of `settings.sizes` with every one of `settings.buckets`.
+
+    Several are compiled at a time, each in a process of its own, where there are cores for it.
+
+    Args:
+        folder: a diffusers `unet` folder; the packages are written into it.
+        settings: `device` must be here, as kernels are made for its architecture.
+        report: gets a line as each package is done.
+    Raises:
+        SetupError: the weights are broken, or a compiler is missing or failed.
+    """
+    on_cpu = dataclasses.replace(settings, device="cpu")
+    signatures = _signatures(_load_fused(folder, on_cpu), settings)
+    workers = max(1, min(len(signatures), (os.cpu_count() or 1) // CORES_PER_BUILD))
+    report(f"compiling {len(signatures)} packages, {workers} at a time")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        jobs = {pool.submit(_build_one, folder, settings, s): s for s in signatures}
+        for number, job in enumerate(as_completed(jobs), start=1):
+            signature = jobs[job]
+            try:
+                seconds = job.result()
+            except Exception as error:
+                pool.shutdown(cancel_futures=True)
+                what = str(error).strip().splitlines() or [type(error).__name__]
+                raise SetupError(f"{signature.file} could not be compiled: {what[0]}") from error
+            report(f"{number} of {len(signatures)}: {signature.file}, {seconds:.0f} s")
+
+
+def _build_one(folder: Path, settings: LoopSettings, signature: Signature) -> float:
+    started = time.monotonic()
+    network = _load_fused(folder, settings)
+    inputs = _example(network, signature, torch.device(settings.device))
+    compile_package(network, inputs, folder / signature.file)
+    return time.monotonic() - started
+
+
+def _signatures(network: Fp32Ends, settings: LoopSettings) -> list[Signature]:
+    """Sizes come in pixels, the native one first, which the UNet's configuration has in latents."""
+    config: Any = network.unet.config
+    scale = settings.sizes[0][0] // config.sample_size
+    return [
+        Signature(height // scale, width // scale, TOKENS, rows)
+        for (width, height), rows in itertools.product(settings.sizes, settings.buckets)
+    ]
+
+
+def _example(
+    network: Fp32Ends, signature: Signature, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    config: Any = network.unet.config
+    rows = signature.rows
+    sample = torch.randn(rows, config.in_channels, signature.height, signature.width)
+    timestep = torch.full((rows,), 500)
+    inputs = [sample, timestep, torch.randn(rows, signature.tokens, config.cross_attention_dim)]
+    if config.addition_embed_type == "text_time":
+        sizes = 6
+        pooled = (
+            config.projection_class_embeddings_input_dim - sizes * config.addition_time_embed_dim
+        )
+        inputs += [torch.randn(rows, pooled), torch.full((rows, sizes), 512.0)]
+    return tuple(tensor.to(device) for tensor in inputs)
+
+
+def _load_fused(folder: Path, settings: LoopSettings) -> Fp32Ends:
+    """The network with one projection for what has one input; its parts stay as views into it."""
+    network = load_network(folder, device=settings.device, dtype=_DTYPES[settings.precision])
+    network.unet.fuse_qkv_projections()
+    for module in network.modules():
+        for whole, parts in (("to_qkv", "qkv"), ("to_kv", "kv")):
+            if (fused := getattr(module, whole, None)) is not None:
+                split = fused.weight.data.chunk(len(parts))
+                for part, weight in zip(parts, split, strict=True):
+                    getattr(module, f"to_{part}").weight.data = weight
+    return network.requires_grad_(False)

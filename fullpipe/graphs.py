@@ -1,0 +1,77 @@
+"""CUDA graphs of whole ticks: recorded at first use, replayed with one copy and one launch.
+
+A graph replays the same kernels on the same addresses. So a tick reads its seats from a tensor that
+stays, and everything else from the slot tensors; who takes part is decided by what is copied into
+the seats before a replay (cf. "Constraints" in PyTorch's CUDA graph notes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+WARM_UP_RUNS = 2
+
+
+class TickGraphs:
+    """The graphs of one group of slots; they share one pool of memory, as one runs at a time."""
+
+    def __init__(self, device: torch.device):
+        self.are_possible = device.type == "cuda"
+        self._device = device
+        self._recorded: dict[Hashable, _Recorded] = {}
+        self._pool: Any = None
+
+    def forget(self) -> None:
+        """Drop the graphs, because a tensor that they read has been replaced."""
+        self._recorded.clear()
+
+    def replay(
+        self,
+        key: Hashable,
+        packed: torch.Tensor,
+        empty: Callable[[], torch.Tensor],
+        tick: Callable[[torch.Tensor], None],
+    ) -> None:
+        """Run a tick for these seats, on the current stream, which must not be the default one.
+
+        The tick before must be over, because its seats are overwritten.
+
+        Args:
+            key: what makes two ticks the same work but for their seats.
+            packed: the seats, int64 on the CPU, always of the same length for a key.
+            empty: makes seats of that length that are all empty. The first tick of a key runs with
+                these, twice to warm up and once to be recorded, so that nobody moves.
+            tick: the work, given the seats on the device.
+        """
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            recorded = self._recorded[key] = self._record(empty(), tick)
+        recorded.staging.copy_(packed)
+        recorded.seats.copy_(recorded.staging, non_blocking=True)
+        recorded.graph.replay()
+
+    def _record(self, packed: torch.Tensor, tick: Callable[[torch.Tensor], None]) -> _Recorded:
+        recorded = _Recorded(packed, self._device)
+        for _ in range(WARM_UP_RUNS):
+            tick(recorded.seats)
+        stream = torch.cuda.current_stream(self._device)
+        stream.synchronize()
+        # Other threads of this process go on using the GPU meanwhile.
+        with torch.cuda.graph(
+            recorded.graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        ):
+            tick(recorded.seats)
+        self._pool = recorded.graph.pool()
+        return recorded
+
+
+class _Recorded:
+    """One graph, the seats that it reads, and the pinned memory in which the host writes them."""
+
+    def __init__(self, packed: torch.Tensor, device: torch.device):
+        self.staging = packed.pin_memory()
+        self.seats = packed.to(device)
+        self.graph = torch.cuda.CUDAGraph()

@@ -1,0 +1,164 @@
+"""ONNX exports through ONNX Runtime against the same networks in fp32 torch.
+
+Random networks of the SD1 and SDXL layouts, fresh random inputs at sizes that were not traced,
+outputs poisoned beforehand. Stated tolerances: 1e-4 in fp32, 1e-2 in fp16, one level of a pixel.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from fullpipe.engines import onnx_export
+from fullpipe.engines.network import (
+    NetworkClip,
+    NetworkUNet,
+    NetworkVaeDecoder,
+    NetworkVaeEncoder,
+)
+from fullpipe.engines.onnx_engine import OnnxNetwork
+from fullpipe.engines.torch_engine import TorchUNet
+from fullpipe.errors import SetupError
+from fullpipe.stages import VaeDecoder, VaeEncoder
+from fullpipe.text import PromptEncoder
+
+from .reduced import SMALL, build
+
+FAMILIES = ("sd1", "sdxl")
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A diffusers folder per family, and room for exports beside the weights."""
+    root = tmp_path_factory.mktemp("onnx")
+    return {family: build(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def unet_file(folders):
+    @functools.cache
+    def export(family, dtype):
+        path = folders[family] / f"unet-{str(dtype)[6:]}.onnx"
+        onnx_export.export_unet(folders[family] / "unet", path, dtype)
+        return path
+
+    return export
+
+
+def unet_inputs(family, rows, height, width, tokens):
+    """Fresh random inputs of a family's UNet."""
+    width_of_text = SMALL[family][0]["cross_attention_dim"]
+    inputs = {
+        "sample": torch.randn(rows, 4, height, width),
+        "timestep": torch.randint(0, 1000, (rows,)),
+        "encoder_hidden_states": torch.randn(rows, tokens, width_of_text),
+    }
+    if family == "sdxl":
+        sizes = [8.0 * height, 8.0 * width, 0.0, 0.0, 8.0 * height, 8.0 * width]
+        inputs |= {"text_embeds": torch.randn(rows, 128), "time_ids": torch.tensor([sizes] * rows)}
+    return inputs
+
+
+def relative_error(got, wanted):
+    return float((got - wanted).norm() / wanted.norm())
+
+
+class Poisoned:
+    """A network whose outputs start as garbage, so that what it leaves out is seen."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def run(self, inputs, outputs):
+        for tensor in outputs.values():
+            tensor.fill_(137 if tensor.dtype == torch.uint8 else float("nan"))
+        self.network.run(inputs, outputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unet(folders, unet_file, family, dtype):
+    engine = NetworkUNet(Poisoned(OnnxNetwork(unet_file(family, dtype), "cpu")))
+    reference = TorchUNet(folders[family] / "unet")
+    for rows, height, width, tokens in [(1, 8, 8, 77), (3, 16, 12, 154), (2, 9, 13, 77)]:
+        inputs = unet_inputs(family, rows, height, width, tokens)
+        wanted = reference.run(inputs)["noise_pred"]
+        got = engine.run(inputs)["noise_pred"]
+        assert got.shape == wanted.shape and got.dtype == torch.float32
+        assert relative_error(got, wanted) <= TOLERANCE[dtype]
+
+
+def test_rows_of_a_call_do_not_touch_each_other(unet_file):
+    engine = NetworkUNet(OnnxNetwork(unet_file("sd1", torch.float32), "cpu"))
+    inputs = unet_inputs("sd1", 3, 8, 8, 77)
+    alone = [engine.run({k: v[i : i + 1] for k, v in inputs.items()})["noise_pred"] for i in (0, 2)]
+    inputs["sample"][1] = float("nan")
+    together = engine.run(inputs)["noise_pred"]
+    assert together[1].isnan().all()
+    for row, single in zip((0, 2), alone, strict=True):
+        assert relative_error(together[row], single[0]) < 1e-5
+
+
+def test_bindings_are_the_contract_of_the_unet_stage(unet_file):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(unet_file("sdxl", torch.float16)))
+    got = {tensor.name: (tensor.type, tensor.shape) for tensor in session.get_inputs()}
+    assert got == {
+        "sample": ("tensor(float)", ["rows", 4, "height", "width"]),
+        "timestep": ("tensor(int64)", ["rows"]),
+        "encoder_hidden_states": ("tensor(float)", ["rows", "tokens", 192]),
+        "text_embeds": ("tensor(float)", ["rows", 128]),
+        "time_ids": ("tensor(float)", ["rows", 6]),
+    }
+    (output,) = session.get_outputs()
+    assert (output.name, output.type) == ("noise_pred", "tensor(float)")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16"])
+def test_vae(folders, tmp_path, dtype):
+    vae = folders["sd1"] / "vae"
+    onnx_export.export_vae_decoder(vae, tmp_path / "decoder.onnx", dtype)
+    onnx_export.export_vae_encoder(vae, tmp_path / "encoder.onnx", dtype)
+    decoder, encoder = (
+        Poisoned(OnnxNetwork(tmp_path / f"{name}.onnx", "cpu")) for name in ("decoder", "encoder")
+    )
+    for shape in [(2, 4, 8, 8), (1, 4, 5, 11)]:
+        latents = torch.randn(shape) * 3
+        got = NetworkVaeDecoder(decoder, "cpu", 8).decode(latents)
+        wanted = VaeDecoder(vae).decode(latents)
+        difference = (got.int() - wanted.int()).abs()
+        assert got.dtype == torch.uint8 and wanted.float().std() > 1
+        assert difference.max() <= 1
+        pixels = torch.randint(0, 256, wanted.shape, dtype=torch.uint8)
+        coded = NetworkVaeEncoder(encoder, "cpu", 8, 4).encode(pixels)
+        assert relative_error(coded, VaeEncoder(vae).encode(pixels)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_encoders(folders, tmp_path, family):
+    def execute(folder, model):
+        onnx_export.export_clip(model, tmp_path / f"{folder.name}.onnx")
+        return NetworkClip(model, Poisoned(OnnxNetwork(tmp_path / f"{folder.name}.onnx", "cpu")))
+
+    reference = PromptEncoder.from_folder(folders[family])
+    encoder = PromptEncoder.from_folder(folders[family], execute=execute)
+    long = "a (red:1.3) circle on a white background, " * 12
+    for prompt, clip_skip in [("a cat", None), (long, None), ("(a:0.5) b", -1), (long, -3)]:
+        got = encoder.encode(prompt, "blurry", clip_skip)
+        wanted = reference.encode(prompt, "blurry", clip_skip)
+        for name, tensor in wanted.items():
+            assert got[name].shape == tensor.shape
+            assert relative_error(got[name], tensor) <= TOLERANCE[torch.float32], name
+
+
+def test_a_damaged_file_and_a_missing_device_get_one_line(unet_file, tmp_path):
+    (tmp_path / "cut.onnx").write_bytes(unet_file("sd1", torch.float32).read_bytes()[:-100])
+    with pytest.raises(SetupError, match=r"cut.onnx cannot be loaded by ONNX Runtime \(") as caught:
+        OnnxNetwork(tmp_path / "cut.onnx", "cpu")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SetupError, match=r"device=cuda needs ONNX Runtime's CUDAExecutionProvider"):
+        OnnxNetwork(unet_file("sd1", torch.float32), "cuda")

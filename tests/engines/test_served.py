@@ -1,0 +1,81 @@
+"""A pipeline of ONNX engines on a real Triton Inference Server, with a broken one beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fullpipe.assemble import Choices, assemble
+from fullpipe.client import Client
+from fullpipe.config import Limits, LoopSettings
+from fullpipe.errors import InvalidRequest, PipelineError
+from fullpipe.local import LocalPipeline
+from fullpipe.server import ServerConfig, TritonServer
+
+pytestmark = pytest.mark.triton
+
+RED = "a (red:1.2) circle on a white background"
+SMALL = {"steps": 4, "cfg": 3.0, "seed": 7, "width": 128, "height": 128}
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint, tmp_path_factory):
+    """Two pipelines, of which `cut` has lost the end of its UNet; and the server's log."""
+    repository = tmp_path_factory.mktemp("engines") / "repository"
+    onnx = LoopSettings(engine="onnx")
+    sizes = Limits(sizes=[[128, 128], [256, 256]])
+    assemble(checkpoint, repository, Choices(loop=onnx, limits=sizes))
+    assemble(checkpoint, repository, Choices(name="cut", loop=onnx))
+    weights = repository / "cut_scheduler_model" / "1" / "unet" / "unet.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:-5000])
+    lines: list[str] = []
+    settings = ServerConfig(repository, http_port=0, grpc_port=0, metrics_port=0)
+    with TritonServer(settings, log=lines.append) as server:
+        yield server, lines
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return Client(served[0].url, timeout_s=120)
+
+
+def test_onnx_makes_the_picture_that_torch_makes(client, config, demo_unet, demo_stages):
+    with LocalPipeline(config, [demo_unet], demo_stages) as pipeline:
+        own = pipeline.generate(prompt=RED, negative_prompt="blue", **SMALL)
+    picture = client.generate(RED, negative_prompt="blue", **SMALL)
+    difference = np.abs(picture.pixels.astype(int) - own.images)
+    assert own.images.std() > 20, "nothing is drawn"
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.01
+
+
+def test_onnx_from_a_start_image(client, config, demo_unet, demo_stages):
+    start = client.generate(RED, **SMALL).pixels
+    asked = {"init_image": start, "steps": 4, "denoise": 0.6, "seed": 3, "cfg": 3.0}
+    with LocalPipeline(config, [demo_unet], demo_stages) as pipeline:
+        own = pipeline.generate(prompt="a blue square", **asked)
+    picture = client.generate("a blue square", **asked)
+    difference = np.abs(picture.pixels.astype(int) - own.images)
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.01
+
+
+def test_a_broken_pipeline_is_named_and_the_other_one_serves_on(served, client):
+    server, lines = served
+    ready = {pipeline.name: pipeline.ready for pipeline in client.pipelines()}
+    assert ready == {"full_pipeline": True}
+    (told,) = [line for line in lines if line.startswith("error: model 'cut_scheduler_model'")]
+    assert "unet.onnx.data has " in told and " bytes, needed " in told
+    assert "; rebuild it with: fullpipe assemble " in told and "--engine onnx" in told
+    with pytest.raises(PipelineError):
+        Client(server.url, pipeline="cut", timeout_s=20).generate(RED, **SMALL)
+    assert client.generate(RED, **SMALL).pixels.shape == (1, 128, 128, 3)
+
+
+def test_a_size_that_is_not_served_gets_one_line(client):
+    message = r"width=192 height=128 is not served, allowed: 128x128, 256x256"
+    with pytest.raises(InvalidRequest, match=message):
+        client.generate(RED, steps=2, width=192, height=128)
+    start = np.zeros((1, 128, 192, 3), np.uint8)
+    with pytest.raises(InvalidRequest, match=message):
+        client.generate(RED, steps=2, init_image=start, denoise=0.5)

@@ -1,0 +1,94 @@
+"""The pages of figures show what is stored, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from bench import headlines, report, tables
+from bench.record import RESULTS
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return report.read(RESULTS)
+
+
+def test_pages_are_made_of_the_stored_results(documents):
+    told = "python -m bench.report makes it anew"
+    assert (report.BENCH / "README.md").read_text("utf-8") == report.build(documents, None), told
+    readme = report.README.read_text("utf-8")
+    assert headlines.page(documents, readme) == readme, told
+
+
+def test_every_plot_is_there_and_is_a_picture(documents):
+    page = report.build(documents, None)
+    shown = re.findall(r"\(plots/(\w+\.png)\)", page)
+    assert shown
+    for name in shown:
+        with Image.open(report.BENCH / "plots" / name) as picture:
+            assert picture.width > 1000
+
+
+def test_plots_are_drawn_from_results(documents, tmp_path):
+    report.build(documents, tmp_path)
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert drawn == {s.name for s in report.SECTIONS if s.plot and s.name in documents}
+
+
+def test_missing_results_are_left_out_and_unknown_ones_shown(documents):
+    overhead = documents["overhead"]
+    assert "What serving costs" in report.build({"overhead": overhead}, None)
+    assert report.build({}, None).strip() == report.INTRODUCTION.strip()
+    assert headlines.headlines({}).count("\n") == 1
+    gpu = {**overhead, "result": {"gpu": "Some GPU", "headline": {"what": "w", "figure": "f"}}}
+    page = report.build({"gpu_steps": gpu, "novelty": overhead}, None)
+    assert "## On a GPU: steps" in page and "on Some GPU" in page and "## Novelty" in page
+    assert report.purpose("gpu_any_thing") == report.purpose("gpu") != ""
+    assert "| w | f |" in headlines.headlines({"gpu_steps": gpu})
+
+
+def test_a_gpu_result_has_tables_and_a_headline(documents):
+    served = {"assemble_s": 1.5, "ready_s": 8.0}
+    way = {"images_per_second": 2.5, "p50_ms": 400.0, "p99_ms": 410.0, "stages_ms": {"loop": 380.0}}
+    result = {
+        "request": "native size",
+        "device": "Some GPU",
+        "bare_unet": {"2": {"ms": 17.0}},
+        "loop": {**served, "one_at_a_time": way, "together": {**way, "concurrency": 16}},
+        "bls": {**served, "one_at_a_time": way},
+        "loop_over_bare_unet": 1.07,
+        "together_over_one": 1.9,
+    }
+    document = {"gpu_sd1": {**documents["overhead"], "result": result}}
+    page, lines = report.build(document, None), headlines.headlines(document)
+    assert "on Some GPU" in page and "| 2 | 17 |" in page and "16 at a time" in page
+    assert "Some GPU: native size" in lines and "1.90 × one at a time" in lines
+
+
+def test_every_benchmark_says_why_its_number_matters(documents):
+    for name in documents:
+        assert len(report.purpose(name)) > 80, name
+
+
+def test_plain_tables_hold_every_value():
+    result = {
+        "a_number": 1.5,
+        "group": {"p50_ms": 2.25, "count": 3},
+        "nested": {"x": {"one": 4, "more": {"two": 5}}},
+        "records": [{"size": 6, "deep": {"seven": 7}}],
+        "names": ["eight", "nine"],
+    }
+    text = tables.plain(json.loads(json.dumps(result)))
+    for value in ("1.5", "2.25", "3", "4", "5", "6", "seven 7", "eight, nine"):
+        assert value in text
+
+
+def test_agreement_and_batching_hold_in_the_stored_results(documents):
+    """The figures that the README stands on, in the run that is stored."""
+    assert 0.9 <= documents["perf_analyzer"]["result"]["agreement"]["perf_analyzer_over_own"] <= 1.1
+    over = documents["continuous"]["result"]["continuous_over_at_the_highest_load"]["static"]
+    assert over["images_per_second"] > 1 and over["p99_ms"] < 1

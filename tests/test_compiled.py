@@ -1,0 +1,135 @@
+"""The compiled engine, really compiled: for this machine's CPU, at a reduced SDXL architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from fullpipe.config import LoopSettings
+from fullpipe.engines.compiled_engine import CompiledUNet, build
+from fullpipe.engines.compiled_vae import CompiledVaeDecoder, build_decoder
+from fullpipe.engines.torch_engine import TorchUNet
+from fullpipe.errors import SetupError
+from fullpipe.stages import VaeDecoder
+
+SETTINGS = LoopSettings(engine="compiled", sizes=[[64, 64]], buckets=[2])
+NAME = "8x8-77-2.pt2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A UNet with every kind of part that SDXL's has, and its one package."""
+    if shutil.which("g++") is None:
+        pytest.fail("the compiled engine needs g++ to build")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+        norm_num_groups=8,
+    )
+    out = tmp_path_factory.mktemp("compiled") / "unet"
+    unet.save_pretrained(out)
+    lines: list[str] = []
+    build(out, SETTINGS, lines.append)
+    assert lines[0] == "compiling 1 packages, 1 at a time"
+    assert lines[1].startswith(f"1 of 1: {NAME}, ")
+    return out
+
+
+def inputs(rows: int, side: int = 8, tokens: int = 77) -> dict[str, torch.Tensor]:
+    """Random ones, each time others."""
+    return {
+        "sample": torch.randn(rows, 4, side, side),
+        "timestep": torch.randint(0, 1000, (rows,)),
+        "encoder_hidden_states": torch.randn(rows, tokens, 32),
+        "text_embeds": torch.randn(rows, 24),
+        "time_ids": torch.rand(rows, 6) * 1024,
+    }
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def test_it_computes_what_torch_does(folder):
+    torch.manual_seed(1)
+    compiled, eager = CompiledUNet.load(folder, SETTINGS), TorchUNet(folder)
+    for _ in range(3):
+        tensors = inputs(2)
+        wanted = eager.run(tensors)["noise_pred"]
+        assert relative_error(compiled.run(tensors)["noise_pred"], wanted) < 1e-5
+
+
+def test_what_was_not_built_is_computed_all_the_same(folder):
+    torch.manual_seed(2)
+    compiled, eager = CompiledUNet.load(folder, SETTINGS), TorchUNet(folder)
+    assert compiled.row_counts(8, 8, 77) == (2,)
+    for tensors in (inputs(3), inputs(2, side=16), inputs(2, tokens=154)):
+        height, tokens = tensors["sample"].shape[2], tensors["encoder_hidden_states"].shape[1]
+        if len(tensors["sample"]) == 2:
+            assert compiled.row_counts(height, height, tokens) == ()
+        wanted = eager.run(tensors)["noise_pred"]
+        assert relative_error(compiled.run(tensors)["noise_pred"], wanted) < 1e-5
+
+
+def test_changing_weights_in_place_changes_every_package(folder):
+    """What an adapter needs: also the fused projections follow their parts."""
+    torch.manual_seed(3)
+    compiled = CompiledUNet.load(folder, SETTINGS)
+    tensors = inputs(2)
+    before = compiled.run(tensors)["noise_pred"].clone()
+    names = dict(compiled.network.named_parameters())
+    name = next(name for name in names if name.endswith("attn1.to_k.weight"))
+    with torch.no_grad():
+        names[name].add_(torch.randn_like(names[name]))
+    after = compiled.run(tensors)["noise_pred"]
+    assert relative_error(after, before) > 1e-3
+    eager = compiled.network(*tensors.values())
+    assert relative_error(after, eager) < 1e-5
+
+
+def test_broken_packages_are_refused_in_one_line(folder, tmp_path):
+    broken = tmp_path / "unet"
+    shutil.copytree(folder, broken)
+    (broken / NAME).write_bytes((folder / NAME).read_bytes()[:5000])
+    with pytest.raises(SetupError, match=r"8x8-77-2\.pt2 is no compiled package") as caught:
+        CompiledUNet.load(broken, SETTINGS)
+    assert "\n" not in str(caught.value)
+    (broken / NAME).unlink()
+    with pytest.raises(SetupError, match=r"lacks 8x8-77-2\.pt2; assemble it again"):
+        CompiledUNet.load(broken, SETTINGS)
+    more = dataclasses.replace(SETTINGS, buckets=[2, 4])
+    with pytest.raises(SetupError, match=r"lacks 8x8-77-4\.pt2"):
+        CompiledUNet.load(folder, more)
+
+
+def test_a_compiled_decoder_gives_the_same_pixels(checkpoint, config, tmp_path):
+    """The demo's VAE at one size; another size is decoded all the same."""
+    folder = tmp_path / "vae"
+    shutil.copytree(checkpoint / "vae", folder)
+    settings = dataclasses.replace(config.loop, engine="compiled", sizes=[[64, 64]], buckets=[2])
+    chosen = dataclasses.replace(config, loop=settings)
+    with pytest.raises(SetupError, match=r"lacks decoder-8x8\.pt2; assemble it again"):
+        CompiledVaeDecoder(folder, chosen, "cpu", torch.float32)
+    build_decoder(folder, chosen, torch.float32, lambda line: None)
+    compiled = CompiledVaeDecoder(folder, chosen, "cpu", torch.float32)
+    eager = VaeDecoder(folder)
+    for side in (8, 12):
+        latents = torch.randn(2, 4, side, side)
+        levels = compiled.decode(latents).int() - eager.decode(latents).int()
+        assert levels.abs().max() <= 1
+        assert (levels == 0).float().mean() > 0.999
