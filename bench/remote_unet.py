@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from bench import tables
 from bench.network import Network
-from bench.record import RESULTS, store
+from bench.record import store
 from bench.served import served_demo
 from fullpipe.assemble import Choices
 from fullpipe.config import LoopSettings
@@ -62,10 +63,9 @@ def main() -> None:
             )
             with comfy:
                 rows = measure(comfy, network, arguments)
-    table = summarise(rows)
-    print(markdown(table))
-    plot(table, RESULTS / "remote_unet.png")
-    store("remote_unet", {"picture": f"{SIZE}, euler, cfg 4", "ways": WAYS, "table": table})
+    result = {"picture": "256x256, euler, cfg 4", "ways": WAYS, "table": summarise(rows)}
+    print(tables.remote_unet(result))
+    store("remote_unet", {**result, "headline": headline(result["table"])})
 
 
 def measure(
@@ -165,47 +165,15 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def markdown(table: list[dict[str, Any]]) -> str:
-    """The table for people."""
-    lines = [
-        "| steps | delay each way | way | seconds | against one request | round trips | sent"
-        " | received |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in table:
-        lines.append(
-            f"| {row['steps']} | {row['delay_ms']} ms | {row['way']} | {row['seconds']:.2f} |"
-            f" {row['times_one_request']:.2f} × | {row['round_trips']} |"
-            f" {row['sent_bytes'] / 1e3:.0f} kB | {row['received_bytes'] / 1e3:.0f} kB |"
-        )
-    return "\n".join(lines)
-
-
-def plot(table: list[dict[str, Any]], path: Path) -> None:
-    """Seconds over delay, one panel per number of steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    all_steps = sorted({row["steps"] for row in table})
-    figure, panels = plt.subplots(
-        1, len(all_steps), figsize=(5.2 * len(all_steps), 4), sharey=True, squeeze=False
-    )
-    for panel, steps in zip(panels[0], all_steps, strict=True):
-        for way, colour in zip(WAYS, ("#00695c", "#4db6ac", "#e65100"), strict=True):
-            points = [row for row in table if row["way"] == way and row["steps"] == steps]
-            delays = [row["delay_ms"] for row in points]
-            panel.plot(delays, [row["seconds"] for row in points], "o-", label=way, color=colour)
-        panel.set_title(f"{steps} steps")
-        panel.set_xlabel("delay each way, ms")
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("seconds a picture")
-    panels[0][0].legend(frameon=False)
-    figure.suptitle("The loop on the server, or every step through the network")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def headline(table: list[dict[str, Any]]) -> dict[str, str]:
+    """The case in the middle of the table, in words."""
+    per_step = [row for row in table if row["way"] == "one request per step"]
+    row = per_step[len(per_step) // 2 - 1] if len(per_step) > 1 else per_step[0]
+    return {
+        "what": "one request per step (Triton Remote UNet with ComfyUI's KSampler), against one"
+        f" request; {row['steps']} steps, {row['delay_ms']} ms each way",
+        "figure": f"{row['times_one_request']:.2f} × the time, {row['round_trips']} round trips",
+    }
 
 
 if __name__ == "__main__":
