@@ -72,6 +72,12 @@ def run(page) -> None:
     page.get_by_role("button", name="Run", exact=True).click()
 
 
+def keep(page, name: str) -> None:
+    """Write a screenshot where the environment asks for it, for the documentation."""
+    if folder := os.environ.get("FULLPIPE_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
 def told(page, kind: str) -> list:
     return page.evaluate("(kind) => told.filter(([k]) => k === kind).map(([, d]) => d)", kind)
 
@@ -113,7 +119,8 @@ def test_interrupt(page, txt2img):
     set_widget(page, "TritonFullPipeline", "steps", 150)
     set_widget(page, "TritonFullPipeline", "width", 256)
     run(page)
-    wait_for_event(page, "progress", 3)
+    wait_for_event(page, "progress", 30)
+    keep(page, "comfyui_running")
     page.get_by_role("button", name="Cancel current run").click()
     wait_for_event(page, "execution_interrupted")
     assert told(page, "progress")[-1]["value"] < 150
@@ -126,8 +133,7 @@ def test_a_dead_server_is_explained_and_r_brings_it_back(page, txt2img, network)
     wait_for_event(page, "execution_error")
     dialog = page.get_by_role("dialog")
     assert "refused the connection; start the server" in dialog.inner_text()
-    if shots := os.environ.get("FULLPIPE_SCREENSHOTS"):
-        page.screenshot(path=Path(shots) / "comfyui_error.png")
+    keep(page, "comfyui_error")
     page.keyboard.press("Escape")
     # While it is away, a refresh keeps what is known and what is chosen.
     page.keyboard.press("r")
