@@ -14,6 +14,8 @@ import socket
 import threading
 from types import TracebackType
 
+FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 6\r\nConnection: close\r\n\r\nwalled"
+
 
 @dataclasses.dataclass
 class Traffic:
@@ -44,6 +46,7 @@ class Network:
         delay_s: added each way.
         is_hanging: connections are taken and nothing passes.
         answer: sent to every new connection instead of the server's, if not empty.
+        forbidden: connections whose first request begins with this path are answered with 403.
         traffic: what passed.
     """
 
@@ -55,6 +58,7 @@ class Network:
         self.delay_s = 0.0
         self.is_hanging = False
         self.answer = b""
+        self.forbidden = ""
         self.traffic = Traffic()
         self._target = (host, port)
         self._cut: _Cut | None = None
@@ -91,6 +95,7 @@ class Network:
     def restore(self) -> None:
         """Everything passes again; the counts start at zero."""
         self.delay_s, self.is_hanging, self.answer, self._cut = 0.0, False, b"", None
+        self.forbidden = ""
         self.traffic = Traffic()
         if self._server is None:
             self._run(self._listen())
@@ -133,8 +138,8 @@ class Network:
         self._writers.add(writer)
         try:
             await self._serve_one(reader, writer)
-        except OSError:
-            pass
+        except (OSError, asyncio.CancelledError):
+            pass  # either end is gone, or the proxy closes
         finally:
             self._writers.discard(writer)
             writer.transport.abort()
@@ -148,6 +153,10 @@ class Network:
             await writer.drain()
             return
         first = await reader.read(1 << 18)
+        if self.forbidden and f" {self.forbidden}".encode() in first[:100]:
+            writer.write(FORBIDDEN)
+            await writer.drain()
+            return
         while self.is_hanging:
             await asyncio.sleep(0.02)
             if writer.transport.is_closing():

@@ -111,6 +111,21 @@ def concurrency(result: dict, path: Path) -> None:
     _save(figure, path)
 
 
+def remote_unet(result: dict, path: Path) -> None:
+    """Seconds a picture over the delay, a panel for each number of steps."""
+    numbers = sorted({row["steps"] for row in result["table"]})
+    figure, axes = _figure(1, len(numbers), height=3.9, sharey=True)
+    for axis, steps in zip(axes if len(numbers) > 1 else [axes], numbers, strict=True):
+        for way, colour in zip(result["ways"], COLOURS, strict=False):
+            rows = [r for r in result["table"] if r["way"] == way and r["steps"] == steps]
+            delays = [row["delay_ms"] for row in rows]
+            axis.plot(delays, [row["seconds"] for row in rows], color=colour, label=way)
+        axis.set(title=f"{steps} steps: seconds a picture", xlabel="delay each way (ms)")
+        axis.set_ylim(0, None)
+    axis.figure.axes[0].legend()
+    _save(figure, path)
+
+
 def transports(result: dict, path: Path) -> None:
     """Median milliseconds by way, one panel a size."""
     figure, axes = _figure(1, len(result["by_size"]), height=3.2, sharey=True)

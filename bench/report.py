@@ -54,7 +54,10 @@ SECTIONS = (
     Section("continuous", "Continuous batching", tables.continuous, plots.continuous),
     Section("perf_analyzer", "NVIDIA's perf_analyzer", tables.perf_analyzer, plots.perf_analyzer),
     Section("concurrency", "Requests at a time", tables.concurrency, plots.concurrency),
-    Section("remote_unet", "One request an image, or one a step"),
+    Section(
+        "remote_unet", "One request an image, or one a step", tables.remote_unet, plots.remote_unet
+    ),
+    Section("node_overhead", "What the ComfyUI node adds"),
     Section("overhead", "What serving costs"),
     Section("diffusers_pipeline", "Against diffusers' own pipeline"),
     Section("unet_apart", "The UNet in the loop or over BLS", tables.unet_apart),

@@ -54,6 +54,25 @@ def plain(result: dict, level: int = 0) -> str:
     return "\n\n".join(parts)
 
 
+def remote_unet(result: dict) -> str:
+    """One request against one per step, by steps and delay."""
+    columns = ["steps", "delay each way", "way", "seconds", "against one request", "round trips"]
+    rows = [
+        [
+            row["steps"],
+            f"{row['delay_ms']} ms",
+            row["way"],
+            f"{row['seconds']:.2f}",
+            f"{row['times_one_request']:.2f} ×",
+            row["round_trips"],
+            f"{row['sent_bytes'] / 1e3:.0f} kB",
+            f"{row['received_bytes'] / 1e3:.0f} kB",
+        ]
+        for row in result["table"]
+    ]
+    return table([*columns, "sent", "received"], rows)
+
+
 def continuous(result: dict) -> str:
     """Throughput and waits of each policy at each load."""
     rows = [

@@ -64,6 +64,10 @@ class Region:
             self._offsets[output.name()] = self._take(size)
             output.set_shared_memory(self.name, size, self._offsets[output.name()])
 
+    def holds(self, name: str) -> bool:
+        """Whether the server writes this output here."""
+        return name in self._offsets
+
     def read_output(self, described: Mapping[str, Any]) -> np.ndarray:
         """A copy of what the server wrote.
 

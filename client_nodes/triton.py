@@ -100,7 +100,7 @@ def _read_output(result: Any, name: str, region: Region | None) -> np.ndarray:
     described = result.get_output(name)
     if described is None:
         raise KeyError(name)
-    if region is not None and "shared_memory_region" in described.get("parameters", {}):
+    if region is not None and region.holds(name):
         return region.read_output(described)
     return result.as_numpy(name)
 

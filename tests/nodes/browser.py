@@ -146,8 +146,3 @@ def wait_for_event(page: Page, kind: str, count: int = 1) -> None:
         "([kind, count]) => window.told.filter(([k]) => k === kind).length >= count",
         arg=[kind, count],
     )
-
-
-def save_json(path: Path, document: Any) -> None:
-    """Write a workflow as ComfyUI's page saves it."""
-    path.write_text(json.dumps(document, indent=1) + "\n")

@@ -45,7 +45,9 @@ def servers(network, tmp_path_factory) -> Path:
     streaming = {**entry, "shared_memory": "off"}
     nowhere = {**streaming, "url": "http://127.0.0.1:9"}
     patient = {**streaming, "recover_s": 120.0}
-    servers = {"default": entry, "streaming": streaming, "nowhere": nowhere, "patient": patient}
+    walled = {**entry, "url": network.url.replace("127.0.0.1", "localhost")}
+    servers = {"default": entry, "streaming": streaming, "nowhere": nowhere}
+    servers |= {"patient": patient, "walled": walled}
     path.write_text(json.dumps({"servers": servers}))
     return path
 

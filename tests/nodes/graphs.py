@@ -135,8 +135,9 @@ class Run:
         ]
 
     def pixels(self) -> np.ndarray:
-        """[N, H, W, 3] uint8: the files that SaveImage wrote."""
-        saved = [image for node in self.outputs.values() for image in node.get("images", [])]
+        """[N, H, W, 3] uint8: the files that SaveImage wrote, in the order of the nodes."""
+        nodes = sorted(self.outputs, key=int)
+        saved = [image for node in nodes for image in self.outputs[node].get("images", [])]
         files = [self._comfy.base / "output" / image["filename"] for image in saved]
         return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
 

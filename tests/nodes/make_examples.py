@@ -19,7 +19,6 @@ from browser import (  # noqa: E402
     follow_events,
     install_front_end,
     opened,
-    save_json,
     settle_in,
     wait_for_event,
 )
@@ -180,7 +179,8 @@ def main() -> None:
 def make(page, title: str, workflow: list[dict[str, Any]]) -> None:
     """Write one workflow and its picture."""
     build(page, workflow)
-    save_json(EXAMPLES / f"{title}.json", page.evaluate("() => app.graph.serialize()"))
+    saved = page.evaluate("() => JSON.stringify(app.graph.serialize(), null, 1)")
+    (EXAMPLES / f"{title}.json").write_text(saved + "\n")
     if title not in NOT_PAINTED:
         follow_events(page)
         page.get_by_role("button", name="Run", exact=True).click()

@@ -86,6 +86,7 @@ def test_an_example_loads_as_it_is(page, path):
         n.get("widgets_values") or [] for n in saved["nodes"]
     ]
     assert len(shown["links"]) == len(saved["links"]) > 0
+    assert not page.get_by_text("Invalid workflow").count()
     assert path.with_suffix(".jpg").exists(), "an example needs its picture"
 
 

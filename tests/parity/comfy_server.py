@@ -59,13 +59,14 @@ class ComfyServer:
         self._front_end = front_end or base / "web"
         self._environment = dict(environment or {})
         self._has_nodes = custom_nodes is not None
+        if custom_nodes is not None:
+            (base / "custom_nodes").mkdir(exist_ok=True)
         for name, folder in (custom_nodes or {}).items():
             link = base / "custom_nodes" / name
-            link.parent.mkdir(exist_ok=True)
             if not link.exists():
                 link.symlink_to(folder)
         self._comfyui = install()
-        self._packages = _install_server_packages(self._comfyui.extra_packages.parent)
+        self._packages = install_server_packages(self._comfyui.extra_packages.parent)
         self._port = choose_ports("127.0.0.1", {"port": 0})["port"]
         self._process: subprocess.Popen | None = None
 
@@ -178,7 +179,7 @@ class ComfyServer:
         return RuntimeError(f"ComfyUI: {what}\n{(self.base / 'log.txt').read_text()[-3000:]}")
 
 
-def _install_server_packages(cache: Path) -> Path:
+def install_server_packages(cache: Path) -> Path:
     """Packages that this Python lacks for main.py, in a folder of the cache; returns the folder."""
     folder = cache / "server_packages-{}.{}".format(*sys.version_info)
     missing = [name for name in NEEDS if not _is_installed(name)]
