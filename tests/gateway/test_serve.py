@@ -1,4 +1,4 @@
-"""`fullpipe serve --gateway`: one command gives a served, guarded pipeline, and one signal ends it."""
+"""`fullpipe serve --gateway`: one command gives a guarded pipeline, and one signal ends it."""
 
 from __future__ import annotations
 
