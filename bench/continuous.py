@@ -2,7 +2,7 @@
 
 The numbers matter because batching decides what a shared server is worth: a static batch answers
 nobody before its slowest member is done, and who comes a moment too late waits for the whole of
-it. All three ways run in this process over the same loop, UNet and VAE, on the same Poisson trace
+it. All four ways run in this process over the same loop, UNet and VAE, on the same Poisson trace
 of pictures with different sizes, samplers and step counts:
 
 * continuous: each request goes to the loop when it arrives;

@@ -61,36 +61,39 @@ def perf_analyzer(result: dict, path: Path) -> None:
         for percent, colour in lines.items():
             times = [point[f"p{percent}_ms"] / 1e3 for point in sweep]
             name = f"p{percent}" if protocol == "http" else None
-            axes[0, 0].plot(rates, times, style, color=colour, label=name)
+            axes[0, 0].plot(rates, times, linestyle=style, color=colour, label=name)
         for point, rate in zip(sweep if protocol == "http" else [], rates, strict=False):
             axes[0, 0].annotate(
                 point["concurrency"],
-                (rate, point["p99_ms"] / 1e3),
-                xytext=(0, 8),
+                (rate, point["p50_ms"] / 1e3),
+                xytext=(4, -19),
                 textcoords="offset points",
-                ha="center",
             )
         numbers = [str(point["concurrency"]) for point in sweep]
-        axes[0, 1].plot(numbers, rates, style, color=COLOURS[3], label=_protocol(protocol))
+        axes[0, 1].plot(
+            numbers, rates, linestyle=style, color=COLOURS[3], label=_protocol(protocol)
+        )
         axes[1, 1].plot(
-            numbers, [point.get("rows_per_tick") or 0 for point in sweep], style, color=COLOURS[3]
+            numbers,
+            [point.get("rows_per_tick") or 0 for point in sweep],
+            linestyle=style,
+            color=COLOURS[3],
         )
     for (_, style), points in zip(styles.items(), poisson, strict=True):
         for percent, colour in lines.items():
             axes[1, 0].plot(
-                [point["requests_per_second"] for point in points],
+                [point["images_per_second"] for point in points],
                 [point[f"p{percent}_ms"] / 1e3 for point in points],
-                style,
+                linestyle=style,
                 color=colour,
             )
-    axes[0, 0].set(title="Latency (s), by concurrency", xlabel="images per second")
+    axes[0, 0].set(title="Latency (s), 1 to 16 at a time", xlabel="images per second")
     axes[0, 1].set(title="Images per second", xlabel="requests at a time")
-    axes[1, 0].set(title="Latency (s), Poisson arrivals", xlabel="requests per second")
+    axes[1, 0].set(title="Latency (s), Poisson arrivals", xlabel="images per second")
     axes[1, 1].set(title="UNet rows per tick", xlabel="requests at a time")
     for axis in axes.flat:
         axis.set_ylim(0, None)
-    axes[0, 0].margins(y=0.15)
-    axes[0, 0].set_ylim(0, None)
+    axes[0, 0].margins(x=0.1)
     axes[0, 0].legend()
     axes[0, 1].legend()
     _save(figure, path)

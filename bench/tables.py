@@ -115,6 +115,8 @@ def perf_analyzer(result: dict) -> str:
         [
             f"{result['request']}.",
             table(columns, [*rows, repeated]),
+            "A Poisson rate is what was asked of perf_analyzer; it always draws the same gaps, and"
+            " the first of them are longer than average. Dashed in the plot: gRPC.",
             f"At concurrency {agreement['concurrency']} perf_analyzer measured"
             f" {agreement['perf_analyzer_images_per_second']:.2f} images/s and this project's own"
             f" load generator {agreement['own_images_per_second']:.2f}, in turns: a ratio of"

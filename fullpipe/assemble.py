@@ -139,6 +139,11 @@ def _config(folder: Path, choices: Choices, progress: Progress) -> PipelineConfi
     largest = limits.max_size_px or max(Limits().max_size_px, native_px * 3 // 2)
     limits = dataclasses.replace(limits, max_size_px=max(largest, *sides))
     if loop.engine == "tensorrt":
+        spans = [(min(sides), max(sides)) for sides in zip(*loop.sizes, strict=True)]
+        asked = (defaults.width, defaults.height)
+        if not all(low <= side <= high for side, (low, high) in zip(asked, spans, strict=True)):
+            width, height = loop.sizes[0]
+            defaults = dataclasses.replace(defaults, width=width, height=height)
         sides = [side for size in loop.sizes for side in size]
         limits = dataclasses.replace(
             limits,

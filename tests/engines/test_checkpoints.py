@@ -19,6 +19,7 @@ from fullpipe.checkpoints.weights import read_weights, write_weights
 from fullpipe.config import Limits
 from fullpipe.errors import SetupError
 from fullpipe.local import LocalPipeline
+from fullpipe.text import PromptEncoder
 
 from .reduced import TEXT_FOLDERS, TRUE, build, networks, single_file_keys, text_weights
 
@@ -249,6 +250,25 @@ def test_sgm_names_of_sd2(checkpoints):
     assert len(convert(detect(renamed, {}), renamed)["text_encoder"]) == len(
         convert(detect(weights, {}), weights)["text_encoder"]
     )
+
+
+def test_sd2_folders_without_their_last_layer_encode_the_same(checkpoints, tmp_path):
+    """diffusers leaves out the layer that is not used; ComfyUI counts clip skip as if it were."""
+    folder = shutil.copytree(checkpoints["sd2"][0], tmp_path / "sd2")
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["num_hidden_layers"] == 24
+    path.write_text(json.dumps(config | {"num_hidden_layers": 23}))
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    kept = {key: tensor for key, tensor in weights.items() if ".layers.23." not in key}
+    save_file(kept, folder / "text_encoder" / "model.safetensors")
+    whole = PromptEncoder.from_folder(checkpoints["sd2"][0])
+    cut = PromptEncoder.from_folder(folder)
+    for clip_skip in (None, -2, -5):
+        got = cut.encode("a (red:1.2) cat", clip_skip=clip_skip)["prompt_embeds"]
+        assert torch.equal(
+            got, whole.encode("a (red:1.2) cat", clip_skip=clip_skip)["prompt_embeds"]
+        )
 
 
 class TestFolders:

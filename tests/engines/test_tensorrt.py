@@ -211,6 +211,7 @@ def test_repository_has_a_plan_and_a_record_for_every_network(repository):
     config = PipelineConfig.load(repository / "scheduler_model" / "1" / "pipeline.json")
     assert (config.limits.min_size_px, config.limits.max_size_px) == (128, 256)
     assert config.limits.max_prompt_tokens == tensorrt_build.MAX_TOKENS
+    assert (config.defaults.width, config.defaults.height) == (256, 256)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a machine without a GPU says")
@@ -279,6 +280,9 @@ class TestNativePlans:
             assert {tensor.name for tensor in config.input} == inputs
             assert {tensor.name for tensor in config.output} == outputs
             assert list(config.instance_group[0].profile) == profiles
+        pipeline = PipelineConfig.load(out / "scheduler_model" / "1" / "pipeline.json")
+        # 256, the native size, is not built.
+        assert (pipeline.defaults.width, pipeline.defaults.height) == (128, 128)
         decoder = text_format.Parse(
             (out / "vae_decoder" / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
         )

@@ -93,6 +93,23 @@ def total_open(door) -> int:
     return sum(int(row["scur"] or 0) for row in door.admin.replicas().values())
 
 
+def test_watched_key_file_of_somebody_else(open_gateway, tmp_path):
+    door = open_gateway()
+    own = door.key("own")
+    command = [sys.executable, "-m", "fullpipe.cli", "keys", "watch"]
+    command += ["--keys", str(tmp_path / "keys.map"), "--gateway", str(door.folder)]
+    secret, _ = KeyFile(tmp_path / "keys.map").add("henry")
+    watcher = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: http1(door, "GET", READY, bearer(secret)).status == 200, 20, "not taken")
+        assert http1(door, "GET", READY, bearer(own)).status == 401
+        KeyFile(tmp_path / "keys.map").revoke("henry")
+        wait_until(lambda: http1(door, "GET", READY, bearer(secret)).status == 401, 20, "kept")
+    finally:
+        watcher.kill()
+        watcher.wait()
+
+
 def test_configuration_that_haproxy_refuses_changes_nothing(open_gateway):
     door = open_gateway()
     key = door.key("grace")

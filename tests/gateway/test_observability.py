@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.gateway.doors import PROMPT, SMALL, Gateway, bearer, http1, picture_body, wait_until
+from tests.gateway.doors import PROMPT, SMALL, Gateway, bearer, http2, wait_until
 
 pytestmark = pytest.mark.gateway
 
@@ -92,10 +92,16 @@ def metrics_of(expression: str) -> set[str]:
 @pytest.mark.triton
 def test_every_metric_of_rules_and_dashboard_is_on_a_real_page(gateway, replicas, key):
     gateway.client(key).generate(PROMPT, **SMALL)
-    pages = ""
-    for url in (replicas[0].metrics_url, replicas[1].metrics_url, gateway.metrics_url):
-        with urllib.request.urlopen(url, timeout=5) as response:
-            pages += response.read().decode()
+
+    def read_pages() -> str:
+        pages = ""
+        for url in (replicas[0].metrics_url, replicas[1].metrics_url, gateway.metrics_url):
+            with urllib.request.urlopen(url, timeout=5) as response:
+                pages += response.read().decode()
+        return pages
+
+    wait_until(lambda: "fullpipe_ticks_total{" in read_pages(), 20, "no ticks are published")
+    pages = read_pages()
     published = set(re.findall(r"^# TYPE (\S+)", pages, re.MULTILINE)) | GPU | OTHERS
     published |= {
         rule["record"] for g in RULES["groups"] for rule in g["rules"] if "record" in rule
@@ -188,11 +194,19 @@ def test_one_trace_goes_from_the_client_through_gateway_and_triton_into_the_loop
         ("traceparent", f"00-{trace_id}-{span_id}-01"),
         ("X-Request-Id", "job-of-the-trace"),
     ]
-    path = "/v2/models/full_pipeline/generate"
-    answer = http1(traced_door, "POST", path, headers, picture_body())
-    assert answer.status == 200
+    # Triton 2.51 hands headers of /infer over, and not those of /generate.
+    values = {"prompt": ("BYTES", PROMPT), "seed": ("UINT64", 7), "width": ("INT32", 64)}
+    values |= {"height": ("INT32", 64), "steps": ("INT32", 2)}
+    tensors = [
+        {"name": name, "datatype": datatype, "shape": [1], "data": [value]}
+        for name, (datatype, value) in values.items()
+    ]
+    body = json.dumps({"inputs": tensors, "outputs": [{"name": "info"}]}).encode()
+    answer = http2(traced_door, "POST", "/v2/models/full_pipeline/infer", headers, body)
+    assert answer.status == 200, answer
     # One name from the gateway's log to the loop's answer.
-    assert json.loads(json.loads(answer.body)["info"])["job_id"] == "job-of-the-trace"
+    info = json.loads(json.loads(answer.body)["outputs"][0]["data"][0])
+    assert info["job_id"] == "job-of-the-trace"
     assert traced_door.log(job_id="job-of-the-trace")[0]["trace_id"] == trace_id
     wait_until(lambda: collector.spans, 20, "the loop sends no spans")
     assert [span["name"] for span in collector.spans] == ["text", "queue", "loop", "vae_decode"]

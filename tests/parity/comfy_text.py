@@ -52,6 +52,7 @@ def _main(job_file: str, folder: str) -> None:
 
     import comfy.sd1_clip
     import comfy.sdxl_clip
+    import comfy.text_encoders.sd2_clip
     import numpy as np
     import torch
 
@@ -60,6 +61,10 @@ def _main(job_file: str, folder: str) -> None:
     job = json.loads(Path(job_file).read_text())
     classes = {
         "sd1": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+        "sd2": (
+            comfy.text_encoders.sd2_clip.SD2Tokenizer,
+            comfy.text_encoders.sd2_clip.SD2ClipModel,
+        ),
         "sdxl": (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
     }
     tokens: dict[str, list[Any]] = {}
@@ -67,8 +72,8 @@ def _main(job_file: str, folder: str) -> None:
     for kind, checkpoint in job["checkpoints"].items():
         tokenizer_class, model_class = classes[kind]
         tokenizer = tokenizer_class(embedding_directory=[job["embeddings_folder"]])
-        model = _load(model_class, Path(checkpoint))
-        for name in ("clip_l", "clip_g"):
+        model = _load(model_class, Path(checkpoint), "clip_h" if kind == "sd2" else "clip_l")
+        for name in ("clip_l", "clip_g", "clip_h"):
             if hasattr(model, name):
                 width = getattr(model, name).transformer.get_input_embeddings().embedding_dim
                 getattr(tokenizer, name).embedding_size = width
@@ -97,12 +102,12 @@ def _main(job_file: str, folder: str) -> None:
     (Path(folder) / "result.json").write_text(json.dumps(result))
 
 
-def _load(model_class: Any, checkpoint: Path) -> Any:
+def _load(model_class: Any, checkpoint: Path, first: str) -> Any:
     """A text model of ComfyUI with a checkpoint's sizes and weights, fp16 as ComfyUI keeps them."""
     import torch
     from safetensors.torch import load_file
 
-    parts = {"clip_l": checkpoint / "text_encoder", "clip_g": checkpoint / "text_encoder_2"}
+    parts = {first: checkpoint / "text_encoder", "clip_g": checkpoint / "text_encoder_2"}
     parts = {name: part for name, part in parts.items() if part.is_dir()}
     options = {
         f"{name}_model_config": json.loads((part / "config.json").read_text())

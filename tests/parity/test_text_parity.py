@@ -22,8 +22,9 @@ from fullpipe.text.prompt import split_prompt
 pytestmark = pytest.mark.comfyui
 
 TOKENIZER = Path(__file__).parents[2] / "demo" / "checkpoint" / "tokenizer"
-WIDTH = {"clip_l": 48, "clip_g": 64}
-LAYERS = {"clip_l": 3, "clip_g": 4}
+WIDTH = {"clip_l": 48, "clip_g": 64, "clip_h": 64}
+LAYERS = {"clip_l": 3, "clip_g": 4, "clip_h": 24}
+KINDS = ("sd1", "sd2", "sdxl")
 
 WRITTEN_PROMPTS = [
     "",
@@ -284,15 +285,16 @@ def sides(tmp_path_factory):
     embeddings_folder = root / "embeddings"
     embeddings_folder.mkdir()
     _save_embeddings(embeddings_folder)
-    for kind in ("sd1", "sdxl"):
+    for kind in KINDS:
         shutil.copytree(TOKENIZER, root / kind / "tokenizer")
     _save_clip(root / "sd1/text_encoder", "clip_l", act="quick_gelu", projection=False, seed=1)
+    _save_clip(root / "sd2/text_encoder", "clip_h", act="gelu", projection=False, seed=4)
     _save_clip(root / "sdxl/text_encoder", "clip_l", act="quick_gelu", projection=False, seed=2)
     _save_clip(root / "sdxl/text_encoder_2", "clip_g", act="gelu", projection=True, seed=3)
     skips = [(PROMPTS.index(p), skip) for p in CLIP_SKIP_PROMPTS for skip in CLIP_SKIPS]
     plain = [(index, None) for index in range(len(PROMPTS))]
     job = {
-        "checkpoints": {kind: str(root / kind) for kind in ("sd1", "sdxl")},
+        "checkpoints": {kind: str(root / kind) for kind in KINDS},
         "embeddings_folder": str(embeddings_folder),
         "prompts": PROMPTS,
         "encodings": plain + skips,
@@ -301,7 +303,7 @@ def sides(tmp_path_factory):
     theirs = comfy_text.run_comfyui(job, root)
     ours = {
         kind: PromptEncoder.from_folder(root / kind, embeddings_folder=embeddings_folder)
-        for kind in ("sd1", "sdxl")
+        for kind in KINDS
     }
     return ours, theirs, job
 
@@ -318,10 +320,10 @@ def test_syntax_gives_the_same_weights(sides):
         assert [(p.text, p.weight) for p in split_prompt(text)] == words, repr(text)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_tokens_weights_and_chunk_borders_are_equal(sides, kind):
     ours, theirs, _ = sides
-    names = {"sd1": ["l"], "sdxl": ["l", "g"]}[kind]
+    names = {"sd1": ["l"], "sd2": ["h"], "sdxl": ["l", "g"]}[kind]
     for prompt, expected in zip(PROMPTS, theirs["tokens"][kind], strict=True):
         for name, chunks in zip(names, ours[kind].chunks(prompt), strict=True):
             got = [
@@ -334,13 +336,15 @@ def test_tokens_weights_and_chunk_borders_are_equal(sides, kind):
             assert got == expected[name], repr(prompt)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_are_equal(sides, kind):
     ours, theirs, job = sides
     worst = 0.0
     for index, skip in job["encodings"]:
         got = ours[kind].encode(PROMPTS[index], clip_skip=skip)
         for name, key in (("prompt_embeds", ""), ("pooled_prompt_embeds", ".pooled")):
+            if kind == "sd2" and key:
+                continue  # SD2's UNet takes none
             expected = theirs["arrays"][f"{kind}.{index}.{skip}{key}"]
             assert got[name].shape == expected.shape, (PROMPTS[index], skip, name)
             difference = float(np.abs(got[name].numpy() - expected).max())
