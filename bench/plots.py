@@ -124,7 +124,7 @@ def remote_unet(result: dict, path: Path) -> None:
             delays = [row["delay_ms"] for row in rows]
             axis.plot(delays, [row["seconds"] for row in rows], color=colour, label=way)
         axis.set(title=f"{steps} steps: seconds a picture", xlabel="delay each way (ms)")
-        axis.set_ylim(0, None)
+    axis.set_ylim(0, 1.05 * max(row["seconds"] for row in result["table"]))  # one scale for all
     axis.figure.axes[0].legend()
     _save(figure, path)
 

@@ -75,6 +75,7 @@ def run(page) -> None:
 def keep(page, name: str) -> None:
     """Write a screenshot where the environment asks for it, for the documentation."""
     if folder := os.environ.get("FULLPIPE_SCREENSHOTS"):
+        page.wait_for_timeout(700)  # dialogs fade in
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
@@ -118,8 +119,9 @@ def test_run_shows_progress_and_the_picture(page, txt2img, comfy):
 def test_interrupt(page, txt2img):
     set_widget(page, "TritonFullPipeline", "steps", 150)
     set_widget(page, "TritonFullPipeline", "width", 256)
+    set_widget(page, "TritonFullPipeline", "height", 256)
     run(page)
-    wait_for_event(page, "progress", 30)
+    wait_for_event(page, "progress", 10)
     keep(page, "comfyui_running")
     page.get_by_role("button", name="Cancel current run").click()
     wait_for_event(page, "execution_interrupted")
