@@ -61,7 +61,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as name:
         folder = Path(name)
-        checkpoint = arguments.checkpoint or _random_checkpoint(arguments.family, folder)
+        checkpoint = arguments.checkpoint or _random_checkpoint(arguments, folder)
         for where in ("loop", "bls"):
             repository = folder / where
             started = time.perf_counter()
@@ -224,10 +224,15 @@ def _diffusers(checkpoint: Path, arguments: argparse.Namespace) -> dict:
     return spread(seconds[3:])
 
 
-def _random_checkpoint(family: str, folder: Path) -> Path:
+def _random_checkpoint(arguments: argparse.Namespace, folder: Path) -> Path:
+    """The true architecture at its native size; weights are drawn where that is fast."""
     from tests.engines.reduced import TRUE, build
 
-    return build(family, folder / "checkpoint", torch.float16, sizes=TRUE)
+    side = {"sd1": 64, "sdxl": 128}[arguments.family]
+    with torch.device(arguments.device):
+        return build(
+            arguments.family, folder / "checkpoint", torch.float16, sizes=TRUE, sample_size=side
+        )
 
 
 def _device_name(device: str) -> str:

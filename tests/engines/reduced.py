@@ -96,18 +96,20 @@ SCALING = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 TEXT_FOLDERS = ("text_encoder", "text_encoder_2")
 
 
-def networks(family: str, sizes: dict = SMALL) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+def networks(
+    family: str, sizes: dict = SMALL, sample_size: int = 8
+) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """A family's UNet and VAE with torch's random weights, on the default device."""
     unet, channels, _ = sizes[family]
     levels = len(channels)
     return (
-        UNet2DConditionModel(**unet, sample_size=8).eval(),
+        UNet2DConditionModel(**unet, sample_size=sample_size).eval(),
         AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=channels,
             layers_per_block=2,
-            sample_size=64,
+            sample_size=8 * sample_size,
             scaling_factor=SCALING[family],
         ).eval(),
     )
@@ -130,22 +132,33 @@ def text_weights(config: dict, *, has_projection: bool) -> dict[str, torch.Tenso
 
 
 @torch.no_grad()
-def build(family: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """Write a diffusers folder with random weights of a small network."""
+def build(
+    family: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    sizes: dict = SMALL,
+    sample_size: int = 8,
+) -> Path:
+    """Write a diffusers folder with random weights, of a small network unless `sizes` is TRUE.
+
+    Args:
+        sample_size: latent side of the native size.
+    """
     torch.manual_seed(seed)
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     name = f"StableDiffusion{'XL' if family == 'sdxl' else ''}Pipeline"
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    unet, vae = networks(family)
+    unet, vae = networks(family, sizes, sample_size)
     for module in (*unet.modules(), *vae.modules()):
         if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
             module.weight.add_(0.05 * torch.randn_like(module.weight))
             module.bias.add_(0.05 * torch.randn_like(module.bias))
     unet.to(dtype).save_pretrained(folder / "unet")
     vae.to(dtype).save_pretrained(folder / "vae")
-    for part, config in zip(TEXT_FOLDERS, SMALL[family][2], strict=False):
+    for part, config in zip(TEXT_FOLDERS, sizes[family][2], strict=False):
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(config))
         has_projection = config["hidden_act"] == "gelu"
