@@ -34,6 +34,7 @@ DEFAULT_PIPELINE = "full_pipeline"
 # Above the server's default deadline of 300 s, so that the server's own message arrives first.
 DEFAULT_TIMEOUT_S = 330.0
 CANCEL_TIMEOUT_S = 2.0
+REPEATS = 2
 FACTS_PARAMETER = "fullpipe_pipeline"
 
 
@@ -233,9 +234,13 @@ class Client:
         headers = {"Content-Type": "application/octet-stream", **headers}
         if json_bytes is not None:
             headers["Inference-Header-Content-Length"] = str(json_bytes)
-        status, reply_headers, reply = self._endpoint.call(
-            timeout_s, "POST", f"{_model(model)}/infer", body, headers
-        )
+        # 502 is a gateway's word that a replica died with the request; another one may be there.
+        for _ in range(REPEATS + 1 if "Idempotency-Key" in headers else 1):
+            status, reply_headers, reply = self._endpoint.call(
+                timeout_s, "POST", f"{_model(model)}/infer", body, headers
+            )
+            if status != 502:
+                break
         self._endpoint.check(status, reply, f"model {model!r}")
         reply_json_bytes = reply_headers.get("Inference-Header-Content-Length")
         result = InferenceServerClient.parse_response_body(

@@ -276,6 +276,31 @@ class TestConnections:
             for error in self.calls(url):
                 assert isinstance(error, Unavailable)
 
+    def test_what_a_gateway_lost_is_sent_again_if_a_repeat_is_safe(self):
+        """502 means that a replica died with the request; a picture is the same from another."""
+        asked = []
+
+        def answer(connection):
+            asked.append(connection)
+            said = b"UNAVAILABLE: the server broke off"
+            if len(asked) > 2:
+                said = b"UNAVAILABLE: all replicas are down"
+            connection.sendall(
+                page(
+                    b"502 Bad Gateway" if len(asked) <= 2 else b"503 Service Unavailable",
+                    json.dumps({"error": said.decode()}).encode(),
+                )
+            )
+
+        with listener(answer) as url:
+            with pytest.raises(Unavailable, match="all replicas are down"):
+                Client(url).generate(PROMPT)
+            assert len(asked) == 3
+            asked.clear()
+            with pytest.raises(Unavailable, match="broke off"):
+                Client(url).cancel("job")
+            assert len(asked) == 1, "a cancel was repeated"
+
     def test_tls_towards_a_plain_port(self):
         with (
             listener(answering(page(b"400 Bad Request", b"")), reads=False) as url,
