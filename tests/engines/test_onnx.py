@@ -6,12 +6,23 @@ outputs poisoned beforehand. Stated tolerances: 1e-4 in fp32, 1e-2 in fp16, one 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import numpy as np
 import pytest
 import torch
 
+from fullpipe.assemble import Choices, assemble
+from fullpipe.config import LoopSettings
 from fullpipe.engines import onnx_export
+from fullpipe.engines.loading import (
+    load_clip,
+    load_unet,
+    load_vae_decoder,
+    load_vae_encoder,
+    torch_dtype,
+)
 from fullpipe.engines.network import (
     NetworkClip,
     NetworkUNet,
@@ -21,6 +32,7 @@ from fullpipe.engines.network import (
 from fullpipe.engines.onnx_engine import OnnxNetwork
 from fullpipe.engines.torch_engine import TorchUNet
 from fullpipe.errors import SetupError
+from fullpipe.local import LocalPipeline
 from fullpipe.stages import VaeDecoder, VaeEncoder
 from fullpipe.text import PromptEncoder
 
@@ -153,6 +165,50 @@ def test_text_encoders(folders, tmp_path, family):
         for name, tensor in wanted.items():
             assert got[name].shape == tensor.shape
             assert relative_error(got[name], tensor) <= TOLERANCE[torch.float32], name
+
+
+class OnnxStages:
+    """The stages of an assembled repository, as `backends/diffusion` loads them."""
+
+    def __init__(self, repository, config):
+        text = repository / "text_encoder" / "1"
+        self._text = PromptEncoder.from_folder(
+            text, execute=lambda folder, model: load_clip(folder, model, config, "cpu")
+        )
+        self._decoder = load_vae_decoder(repository / "vae_decoder" / "1" / "vae", config, "cpu")
+        self._encoder = load_vae_encoder(repository / "vae_encoder" / "1" / "vae", config, "cpu")
+
+    def encode_text(self, prompt, negative_prompt, clip_skip):
+        return self._text.encode(prompt, negative_prompt, clip_skip)
+
+    def encode_images(self, images):
+        return self._encoder.encode(torch.from_numpy(images.copy()))
+
+    def decode_latents(self, latents):
+        return self._decoder.decode(latents).numpy()
+
+
+@pytest.mark.parametrize(("precision", "worst"), [("fp32", 1), ("fp16", 8)])
+def test_whole_sdxl_pipeline(folders, tmp_path, precision, worst):
+    loop = LoopSettings(engine="onnx", precision=precision, unet="bls")
+    config = assemble(folders["sdxl"], tmp_path / "repository", Choices(loop=loop))
+    unet = load_unet(tmp_path / "repository" / "unet" / "1" / "unet", config, "cpu")
+    stages = OnnxStages(tmp_path / "repository", config)
+    asked = {"negative_prompt": "blue", "seed": 3, "cfg": 3.0, "steps": 3}
+    plain = dataclasses.replace(config, loop=LoopSettings())
+    with (
+        LocalPipeline(config, [unet], stages) as pipeline,
+        LocalPipeline.open(folders["sdxl"], plain) as reference,
+    ):
+        got = pipeline.generate(prompt="a (red:1.3) circle", **asked)
+        wanted = reference.generate(prompt="a (red:1.3) circle", **asked)
+        again = {"init_image": wanted.images, "denoise": 0.5}
+        got_again = pipeline.generate(prompt="a cat", **asked, **again)
+        wanted_again = reference.generate(prompt="a cat", **asked, **again)
+    for ours, theirs in ((got, wanted), (got_again, wanted_again)):
+        assert theirs.images.std() > 1
+        assert np.abs(ours.images.astype(int) - theirs.images).max() <= worst
+        assert relative_error(ours.latents, theirs.latents) <= 2 * TOLERANCE[torch_dtype(precision)]
 
 
 def test_a_damaged_file_and_a_missing_device_get_one_line(unet_file, tmp_path):
