@@ -5,6 +5,7 @@ tritonclient[http] writes and reads the binary tensor format; `endpoint.py` carr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,14 @@ def model_path(name: str) -> str:
     return f"/v2/models/{quote(name, safe='')}"
 
 
+@dataclasses.dataclass
+class Replica:
+    """Which of a gateway's replicas is asked, from 1, and how many there are."""
+
+    number: int = 1
+    count: int = 1
+
+
 def infer(
     endpoint: Endpoint,
     model: str,
@@ -50,6 +59,7 @@ def infer(
     session: Session | None = None,
     timeout_s: float | None = None,
     region: Region | None = None,
+    replica: Replica | None = None,
 ) -> dict[str, np.ndarray]:
     """Ask a model once.
 
@@ -58,6 +68,7 @@ def infer(
         outputs: the wanted ones.
         session: a connection to use and keep; only for requests that may be repeated at will.
         region: shared memory that carries the large tensors.
+        replica: the one to ask behind a gateway, which tells how many there are.
     Returns:
         Output name to array; strings as object arrays of bytes.
     Raises:
@@ -78,12 +89,16 @@ def infer(
     headers = {"Content-Type": "application/octet-stream"}
     if head_bytes is not None:
         headers["Inference-Header-Content-Length"] = str(head_bytes)
+    if replica is not None:
+        headers["X-Fullpipe-Replica"] = str(replica.number)
     path = f"{model_path(model)}/infer"
     if session is not None:
         answer = session.ask(what, path, body, headers)
     else:
         answer = endpoint.ask(what, path, body, headers, call=call, timeout_s=timeout_s)
     endpoint.check(answer, what)
+    if replica is not None:
+        replica.count = int(answer.headers.get("X-Fullpipe-Replicas") or replica.count)
     answer_head_bytes = answer.headers.get("Inference-Header-Content-Length")
     try:
         result = http.InferenceServerClient.parse_response_body(
@@ -132,10 +147,26 @@ def control(
     session: Session | None = None,
     **inputs: Value,
 ) -> dict[str, Any]:
-    """op=progress or op=cancel of a loop model; returns its event."""
+    """op=progress or op=cancel of a loop model; returns its event.
+
+    Behind a gateway one of several replicas has the job, and the others know nothing of it.
+    """
     given = {"op": op, "job_id": job_id, **inputs}
-    outputs = infer(endpoint, loop_model, given, ["event"], session=session, timeout_s=timeout_s)
-    return json.loads(outputs["event"][0])
+    replica = Replica()
+    while True:
+        outputs = infer(
+            endpoint,
+            loop_model,
+            given,
+            ["event"],
+            session=session,
+            timeout_s=timeout_s,
+            replica=replica,
+        )
+        event = json.loads(outputs["event"][0])
+        if event.get("state") != "unknown" or replica.number >= replica.count:
+            return event
+        replica.number += 1
 
 
 def is_alive(endpoint: Endpoint, timeout_s: float) -> bool:

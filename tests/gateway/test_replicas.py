@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -154,21 +158,46 @@ def test_no_replica_at_all(open_gateway, replicas):
     assert http1(door, "POST", "/v2/repository/index", bearer(key), b"{}").status == 503
 
 
-def test_cancel_finds_the_replica_that_has_the_job(door):
-    client = door.client(door.key("a"))
+@pytest.fixture(params=["client", "node pack"])
+def cancel(request, door):
+    """Cancels a job by its id, as the client or as the node pack does; the key is `key`."""
+    key = door.key("a")
+    client = door.client(key)
+    if request.param == "client":
+        yield types.SimpleNamespace(client=client, ask=lambda job_id: client.cancel(job_id))
+        return
+    package = types.ModuleType("node_pack_alone")  # without its __init__, which wants ComfyUI
+    package.__path__ = [str(Path(__file__).parents[2] / "client_nodes")]
+    sys.modules[package.__name__] = package
+    settings, endpoint, triton = (
+        importlib.import_module(f"{package.__name__}.{name}")
+        for name in ("settings", "endpoint", "triton")
+    )
+    server = settings.Server(url=door.url, api_key=key, ca_cert=str(door.folder / "tls.pem"))
+
+    def ask(job_id):
+        where = endpoint.Endpoint(server)
+        return triton.control(where, "scheduler_model", "cancel", job_id, timeout_s=5)
+
+    yield types.SimpleNamespace(client=client, ask=ask)
+    for name in [name for name in sys.modules if name.startswith(package.__name__)]:
+        del sys.modules[name]
+
+
+def test_cancel_finds_the_replica_that_has_the_job(cancel):
     for number in range(4):  # by chance alone every one of them would be found once in 16 times
         job_id = f"job-{number}-{time.monotonic_ns()}"
         caught: list = []
 
         def make(job_id=job_id, caught=caught):
             try:
-                client.generate(PROMPT, steps=150, job_id=job_id)
+                cancel.client.generate(PROMPT, steps=150, job_id=job_id)
             except Cancelled as error:
                 caught.append(error)
 
         thread = threading.Thread(target=make)
         thread.start()
-        wait_until(lambda j=job_id: client.cancel(j)["state"] == "cancelled", 20, "not found")
+        wait_until(lambda j=job_id: cancel.ask(j)["state"] == "cancelled", 20, "not found")
         thread.join(30)
         assert str(caught[0]) == f"job {job_id} was cancelled"
 
