@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import h2.config
@@ -96,7 +97,13 @@ class Gateway:
         return Client(self.url, api_key=key, ca_cert=ca_cert, **{"timeout_s": 60, **options})
 
     def log(self, **wanted: object) -> list[dict]:
-        """The lines of the access log that have these values."""
+        """The lines of the access log that have these values; waits a little for the first."""
+        until = time.monotonic() + 2
+        while not (lines := self._logged(wanted)) and time.monotonic() < until:
+            time.sleep(0.02)  # HAProxy writes a request's line after its answer
+        return lines
+
+    def _logged(self, wanted: Mapping[str, object]) -> list[dict]:
         lines = []
         for line in self.log_path.read_text(encoding="utf-8").splitlines():
             if line.startswith("{"):

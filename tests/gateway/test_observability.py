@@ -214,6 +214,7 @@ def test_one_trace_goes_from_the_client_through_gateway_and_triton_into_the_loop
     # One name from the gateway's log to the loop's answer.
     info = json.loads(json.loads(answer.body)["outputs"][0]["data"][0])
     assert info["job_id"] == "job-of-the-trace"
+    wait_until(lambda: traced_door.log(job_id="job-of-the-trace"), 20, "the gateway logs nothing")
     assert traced_door.log(job_id="job-of-the-trace")[0]["trace_id"] == trace_id
     wait_until(lambda: collector.spans, 20, "the loop sends no spans")
     assert [span["name"] for span in collector.spans] == ["text", "queue", "loop", "vae_decode"]
@@ -235,5 +236,9 @@ def test_gateway_begins_a_trace_where_the_client_has_none(traced_door, collector
     before = len(collector.spans)
     traced_door.client(traced_door.key("b")).generate(PROMPT, **SMALL)
     wait_until(lambda: len(collector.spans) > before, 20, "no spans")
-    trace_id = traced_door.log(call="infer")[-1]["trace_id"]
-    assert collector.spans[-1]["traceId"] == trace_id
+    trace_id = collector.spans[-1]["traceId"]
+    wait_until(
+        lambda: trace_id in [line["trace_id"] for line in traced_door.log(call="infer")],
+        20,
+        f"the gateway logs no request of the trace {trace_id}",
+    )
