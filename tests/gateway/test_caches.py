@@ -78,7 +78,7 @@ def test_every_single_damaged_byte_is_noticed():
 def test_frozen_redis_costs_a_bounded_delay_and_then_nothing(redis_server):
     now = [0.0]
     store = RedisStore(
-        redis_server.url, prefix="t:", timeout_s=0.05, breaker=Breaker(3, 1.0, now=lambda: now[0])
+        redis_server.url, prefix="t:", timeout_s=0.2, breaker=Breaker(3, 1.0, now=lambda: now[0])
     )
     stored(store, "k", a=np.ones(4, np.float32))
     redis_server.freeze()
@@ -89,7 +89,7 @@ def test_frozen_redis_costs_a_bounded_delay_and_then_nothing(redis_server):
             results.append(store.get("k")[0])
             longest = max(longest, time.monotonic() - started)
         assert results == ["error"] * 3 + ["skipped"] * 17
-        assert longest < 1.0  # 0.05 s and what a busy machine adds
+        assert longest < 2.0  # 0.2 s and what a busy machine adds
         now[0] += 1.5
         assert [store.get("k")[0] for _ in range(3)] == ["error", "skipped", "skipped"]
     finally:
