@@ -24,6 +24,7 @@ from torch import nn
 from fullpipe.config import LoopSettings
 from fullpipe.engines import Engine, in_order
 from fullpipe.engines.ahead_of_time import Package, compile_package
+from fullpipe.engines.loading import first_line, torch_dtype
 from fullpipe.engines.torch_engine import Fp32Ends, load_network
 from fullpipe.errors import SetupError
 
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 TOKENS = 77  # of one chunk, CLIP's context length
 CORES_PER_BUILD = 4  # Inductor compiles kernels on threads of its own
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +121,8 @@ def build(folder: Path, settings: LoopSettings, report: Callable[[str], None]) -
                 seconds = job.result()
             except Exception as error:
                 pool.shutdown(cancel_futures=True)
-                what = str(error).strip().splitlines() or [type(error).__name__]
-                raise SetupError(f"{signature.file} could not be compiled: {what[0]}") from error
+                what = f"{signature.file} could not be compiled: {first_line(error)}"
+                raise SetupError(what) from error
             report(f"{number} of {len(signatures)}: {signature.file}, {seconds:.0f} s")
 
 
@@ -163,7 +163,7 @@ def _example(
 
 def _load_fused(folder: Path, settings: LoopSettings) -> Fp32Ends:
     """The network with one projection for what has one input; its parts stay as views into it."""
-    network = load_network(folder, device=settings.device, dtype=_DTYPES[settings.precision])
+    network = load_network(folder, device=settings.device, dtype=torch_dtype(settings.precision))
     network.unet.fuse_qkv_projections()
     for module in network.modules():
         for whole, parts in (("to_qkv", "qkv"), ("to_kv", "kv")):

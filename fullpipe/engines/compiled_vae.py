@@ -9,6 +9,7 @@ import torch
 
 from fullpipe.config import PipelineConfig
 from fullpipe.engines.ahead_of_time import Package, compile_package
+from fullpipe.engines.loading import first_line
 from fullpipe.errors import SetupError
 from fullpipe.stages import VaeDecoder
 
@@ -52,8 +53,8 @@ def build_decoder(
         try:
             compile_package(decoder, [latents], folder / _file(height, width))
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise SetupError(f"the VAE's decoder could not be compiled: {lines[0]}") from error
+            what = f"the VAE's decoder could not be compiled: {first_line(error)}"
+            raise SetupError(what) from error
 
 
 def _latent_sizes(config: PipelineConfig) -> list[tuple[int, int]]:
