@@ -130,20 +130,33 @@ def error_response(error: Exception) -> Any:
     )
 
 
-def is_lost(sender: Any) -> bool:
-    """Whether the client of a decoupled request has gone away."""
-    return sender.is_cancelled()
+class Sender:
+    """Where the answers of one request go; from any thread, after `execute` has returned."""
 
+    def __init__(self, request: Any):
+        self._sender = request.get_response_sender()
+        self._wanted = set(request.requested_output_names())
 
-def send_event(sender: Any, outputs: Mapping[str, Any]) -> None:
-    """One of several responses of a decoupled request."""
-    sender.send(response(outputs))
+    def is_lost(self) -> bool:
+        """Whether the client of a decoupled request has gone away."""
+        return self._sender.is_cancelled()
 
+    def event(self, outputs: Mapping[str, Any]) -> None:
+        """One of several responses of a decoupled request."""
+        self._sender.send(self._response(outputs))
 
-def send_last(sender: Any, outcome: Mapping[str, Any] | Exception) -> None:
-    """The last (or only) response of a request."""
-    last = error_response(outcome) if isinstance(outcome, Exception) else response(outcome)
-    sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    def last(self, outcome: Mapping[str, Any] | Exception) -> None:
+        """The last (or only) response of a request."""
+        if isinstance(outcome, Exception):
+            answer = error_response(outcome)
+        else:
+            answer = self._response(outcome)
+        self._sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _response(self, outputs: Mapping[str, Any]) -> Any:
+        # The stub drops what nobody asked for, but without the GIL (ResponseSender::Send), and to
+        # free a Python object without it ends the process from Python 3.12 on.
+        return response({name: outputs[name] for name in outputs if name in self._wanted})
 
 
 def call_model(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:

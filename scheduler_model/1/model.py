@@ -59,7 +59,7 @@ class TritonPythonModel:
             context = triton.trace_context(request) if self._traces else None
             inputs = triton.read_inputs(request)
             triton.add_job_id(request, inputs)
-            self._take(request.get_response_sender(), inputs, context)
+            self._take(triton.Sender(request), inputs, context)
 
     def finalize(self):
         """Answer what is open and end the threads."""
@@ -73,18 +73,17 @@ class TritonPythonModel:
     def _take(self, sender, inputs, context):
         def reply(outcome):
             if isinstance(outcome, Exception):
-                triton.send_last(sender, outcome)
+                sender.last(outcome)
             elif isinstance(outcome, dict):
-                triton.send_last(sender, {**EMPTY, "event": json.dumps(outcome)})
+                sender.last({**EMPTY, "event": json.dumps(outcome)})
             else:
-                triton.send_last(
-                    sender,
+                sender.last(
                     {
                         "images": NO_IMAGES if outcome.images is None else outcome.images,
                         "latents": outcome.latents,
                         "info": json.dumps(outcome.info),
                         "event": "",
-                    },
+                    }
                 )
                 if self._traces:
                     self._traces.finished(context, outcome.info)

@@ -35,10 +35,10 @@ class TritonPythonModel:
     def execute(self, requests):
         """Start each stream and return."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender = triton.Sender(request)
             if not self._free.acquire(blocking=False):
                 error = Unavailable(f"{self._max_streams} streams are open, all that is allowed")
-                triton.send_last(sender, error)
+                sender.last(error)
                 continue
             self._threads.submit(self._serve, sender, triton.read_inputs(request))
 
@@ -52,7 +52,7 @@ class TritonPythonModel:
         except Exception as error:
             outcome = error
         self._free.release()
-        triton.send_last(sender, outcome)
+        sender.last(outcome)
 
     def _stream(self, sender, inputs):
         """Send events until the picture is there; returns the last response's outputs."""
@@ -68,7 +68,7 @@ class TritonPythonModel:
         )
         since = 0
         while not picture.done():
-            if triton.is_lost(sender):
+            if sender.is_lost():
                 self._ask(job_id, op="cancel")
                 picture.exception()
                 raise Cancelled(f"job {job_id} was cancelled: its client went away")
@@ -76,7 +76,7 @@ class TritonPythonModel:
             if news.get("step", 0) > since:
                 since = news["step"]
                 event = {key: news[key] for key in ("step", "steps", "preview") if news.get(key)}
-                triton.send_event(sender, {**NO_PICTURE, "event": json.dumps(event)})
+                sender.event({**NO_PICTURE, "event": json.dumps(event)})
         outputs = picture.result()
         return {
             "image": outputs["image"].as_numpy(),
