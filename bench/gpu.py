@@ -6,22 +6,25 @@ phases run one after the other in one run, on the same weights, and answer with 
 HTTP. Without `--checkpoint` the weights are random, of the true architecture: as fast, no picture.
 
     python -m bench.gpu --family sd1 [--engine compiled] [--concurrency 16] [--count 32]
+    python -m bench.gpu --family sdxl --buckets 2 4 8 --concurrency 8 [--keep FOLDER] [--build-only]
     python -m bench.gpu --checkpoint demo/checkpoint --device cpu --engine torch --precision fp32
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench.fidelity import relative_errors, unet_inputs
 from bench.record import spread, store
 from bench.served import load, prompts
 from fullpipe.assemble import Choices, assemble
@@ -45,6 +48,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32, help="requests of a phase")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--diffusers", action="store_true", help="its pipeline too, eager")
+    parser.add_argument("--keep", type=Path, help="build there, or take what is built there")
+    parser.add_argument("--build-only", action="store_true", help="end when all is built")
     arguments = parser.parse_args()
 
     loop = LoopSettings(
@@ -56,23 +61,31 @@ def main() -> None:
     )
     result: dict = {
         "request": f"native size, {arguments.steps} steps, euler, cfg {arguments.cfg:g}, raw",
-        "loop": dataclasses.asdict(loop),
+        "settings": dataclasses.asdict(loop),
         "device": _device_name(arguments.device),
     }
-    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as name:
-        folder = Path(name)
+    with _folder(arguments.keep) as folder:
         checkpoint = arguments.checkpoint or _random_checkpoint(arguments, folder)
-        for where in ("loop", "bls"):
-            repository = folder / where
-            started = time.perf_counter()
-            settings = dataclasses.replace(loop, unet=where)
-            config = assemble(checkpoint, repository, Choices(loop=settings), report=print)
-            result[where] = {"assemble_s": round(time.perf_counter() - started, 1)}
-            if where == "loop":
-                unet = load_unet(repository / "scheduler_model" / "1" / "unet", config, loop.device)
-                result["bare_unet"] = _bare_unet(unet, config, arguments.buckets)
-                del unet
-            result[where] |= _served(repository, arguments, is_whole=where == "loop")
+        repositories = {
+            "loop": loop,
+            # Told apart by its milliseconds a step; one picture needs one size.
+            "bls": dataclasses.replace(loop, unet="bls", buckets=loop.buckets[:1]),
+        }
+        for where, settings in repositories.items():
+            result[where] = {"assemble_s": _assembled(checkpoint, folder / where, settings)}
+        if arguments.build_only:
+            return
+        config = PipelineConfig.load(folder / "loop" / "scheduler_model" / "1" / "pipeline.json")
+        unet_folder = folder / "loop" / "scheduler_model" / "1" / "unet"
+        unet = load_unet(unet_folder, config, loop.device)
+        result["relative_error"] = relative_errors(folder / "loop", unet, config)
+        result["bare_unet"] = _bare_unet(unet, config, arguments.buckets)
+        print(result["relative_error"], result["bare_unet"], flush=True)
+        del unet
+        if loop.device != "cpu":
+            torch.cuda.empty_cache()
+        for where in repositories:
+            result[where] |= _served(folder / where, arguments, is_whole=where == "loop")
             print(where, result[where], flush=True)
         if arguments.diffusers:
             result["diffusers"] = _diffusers(checkpoint, arguments)
@@ -85,22 +98,32 @@ def main() -> None:
     store(f"gpu_{arguments.family}" if not arguments.checkpoint else "gpu", result)
 
 
+@contextlib.contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as name:
+        yield Path(name)
+
+
+def _assembled(checkpoint: Path, repository: Path, loop: LoopSettings) -> float:
+    """Assemble unless it is there; the seconds that it took, which are kept beside it."""
+    note = repository.with_suffix(".seconds")
+    if not note.exists():
+        started = time.perf_counter()
+        assemble(checkpoint, repository, Choices(loop=loop), report=print)
+        note.write_text(f"{time.perf_counter() - started:.1f}")
+    return float(note.read_text())
+
+
 def _bare_unet(unet: Engine, config: PipelineConfig, rows: list[int]) -> dict:
     """Median milliseconds of UNet calls alone, as a recorded graph where there is a GPU."""
-    facts, defaults = config.checkpoint, config.defaults
-    height, width = (side // facts.vae_scale_factor for side in (defaults.height, defaults.width))
     device = config.loop.devices[0]
     measured = {}
     for count in rows:
-        tensors = {
-            "sample": torch.randn(count, facts.latent_channels, height, width),
-            "timestep": torch.randint(0, 1000, (count,)),
-            "encoder_hidden_states": torch.randn(count, 77, facts.embed_dim),
-        }
-        if facts.is_sdxl:
-            tensors |= {"text_embeds": torch.randn(count, facts.pooled_dim)}
-            tensors |= {"time_ids": torch.full((count, 6), float(defaults.width))}
-        inputs = {key: tensor.to(device) for key, tensor in tensors.items()}
+        inputs = unet_inputs(config, count, device)
         milliseconds = _time(lambda inputs=inputs: unet.run(inputs), device)
         measured[str(count)] = {"ms": round(milliseconds, 3)}
     return measured
@@ -228,11 +251,13 @@ def _random_checkpoint(arguments: argparse.Namespace, folder: Path) -> Path:
     """The true architecture at its native size; weights are drawn where that is fast."""
     from tests.engines.reduced import TRUE, build
 
-    side = {"sd1": 64, "sdxl": 128}[arguments.family]
-    with torch.device(arguments.device):
-        return build(
-            arguments.family, folder / "checkpoint", torch.float16, sizes=TRUE, sample_size=side
-        )
+    target = folder / "checkpoint"
+    if not (target / "complete").exists():
+        side = {"sd1": 64, "sdxl": 128}[arguments.family]
+        with torch.device(arguments.device):
+            build(arguments.family, target, torch.float16, sizes=TRUE, sample_size=side)
+        (target / "complete").touch()
+    return target
 
 
 def _device_name(device: str) -> str:

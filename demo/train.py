@@ -3,6 +3,7 @@
     python -m demo.train init --bpe bpe_simple_vocab_16e6.txt.gz
     python -m demo.train vae --minutes 4
     python -m demo.train diffusion --minutes 18 --compile
+    python -m demo.train decoder --minutes 2
 
 Each stage starts from the weights in `--checkpoint` and writes its own back, every two minutes and
 at its end, so a stage that was cut short goes on from there (the optimiser starts anew).
@@ -26,17 +27,33 @@ from demo import networks
 from demo.captions import training_example, training_words
 from demo.shapes import draw, pack
 
-# Height and width, and how often: mostly the native size, a good part 128, some of all else.
+# Height and width, and how often, by `--mix`. `small` learns fast: mostly the native size, a good
+# part 128, some of all else. `even` makes the large sizes as good afterwards.
 DIFFUSION_SIZES = {
-    (256, 256): 54,
-    (128, 128): 32,
-    (256, 384): 2,
-    (384, 256): 2,
-    (256, 512): 2,
-    (512, 256): 2,
-    (192, 192): 2,
-    (384, 384): 2,
-    (512, 512): 2,
+    "small": {
+        (256, 256): 54,
+        (128, 128): 32,
+        (256, 384): 2,
+        (384, 256): 2,
+        (256, 512): 2,
+        (512, 256): 2,
+        (192, 192): 2,
+        (384, 384): 2,
+        (512, 512): 2,
+    },
+    "even": {
+        (256, 256): 28,
+        (128, 128): 16,
+        (192, 192): 3,
+        (256, 384): 4,
+        (384, 256): 4,
+        (256, 512): 4,
+        (512, 256): 4,
+        (384, 384): 10,
+        (384, 512): 4,
+        (512, 384): 4,
+        (512, 512): 19,
+    },
 }
 VAE_SIZES = {(128, 128): 50, (256, 256): 40, (384, 256): 5, (512, 512): 5}
 COMPILED_SIZES = {(256, 256), (128, 128)}
@@ -87,7 +104,7 @@ class Trainer:
 
     def __init__(self, modules, peak, minutes, save, ema=0.9995):
         self.modules, self.peak, self.save, self.ema = modules, peak, save, ema
-        self.parameters = [p for module in modules for p in module.parameters()]
+        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
         is_cuda = self.parameters[0].is_cuda
         self.optimizer = torch.optim.AdamW(
@@ -128,20 +145,28 @@ class Trainer:
         average = iter(self.average)
         copies = [copy.deepcopy(module) for module in self.modules]
         with torch.no_grad():
-            for parameter in (p for module in copies for p in module.parameters()):
+            for parameter in (p for m in copies for p in m.parameters() if p.requires_grad):
                 parameter.copy_(next(average))
         return copies
 
 
 def train_vae(args):
-    """Autoencoder: L1 on pixels and on their differences, and a light pull to a unit normal."""
+    """Autoencoder: L1 on pixels and on their differences, and a light pull to a unit normal.
+
+    The stage `decoder` leaves the encoder as it is, and so the latents that a UNet has learned.
+    """
+    is_whole = args.stage == "vae"
     checkpoint, device = Path(args.checkpoint), torch.device(args.device)
     vae = AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32).to(device)
+    if not is_whole:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     data = iter(_loader(args, dropout=1.0))
     rng = random.Random(args.seed)
 
     def save(average):
-        average.register_to_config(scaling_factor=measure_scaling_factor(average, data, device))
+        if is_whole:
+            average.register_to_config(scaling_factor=measure_scaling_factor(average, data, device))
         networks.save_checkpoint(checkpoint, vae=average)
         print("scaling factor", average.config.scaling_factor, flush=True)
 
@@ -205,7 +230,7 @@ def train_diffusion(args):
     encode_compiled = torch.compile(encode, dynamic=False) if args.compile else encode
     trainer = Trainer([text_encoder, unet], args.lr, args.minutes, save)
     while not trainer.is_done():
-        height, width = _choose(DIFFUSION_SIZES, rng)
+        height, width = _choose(DIFFUSION_SIZES[args.mix], rng)
         is_compiled = (height, width) in COMPILED_SIZES
         packed, ids = next(data)
         count = args.batch
@@ -251,11 +276,12 @@ def _loader(args, dropout):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("init", "vae", "diffusion"))
+    parser.add_argument("stage", choices=("init", "vae", "decoder", "diffusion"))
     parser.add_argument("--checkpoint", default="demo/checkpoint", help="read and written")
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=128, help="pictures a step at 256x256")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak, falls to 0 by a cosine")
+    parser.add_argument("--mix", choices=DIFFUSION_SIZES, default="small", help="of sizes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -271,7 +297,7 @@ def main():
         networks.save_checkpoint(
             args.checkpoint, networks.make_text_encoder(), networks.make_unet(), networks.make_vae()
         )
-    elif args.stage == "vae":
+    elif args.stage in ("vae", "decoder"):
         train_vae(args)
     else:
         train_diffusion(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from fullpipe.local import LocalPipeline
 from fullpipe.stages import LocalStages
 
 ROOT = Path(__file__).parents[1]
+# Where in-process pipelines run, for the loop's tests on a GPU.
+DEVICE = os.environ.get("FULLPIPE_TEST_DEVICE", "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -43,13 +46,13 @@ def config(repository):
 @pytest.fixture(scope="session")
 def demo_unet(checkpoint):
     """The demo checkpoint's UNet."""
-    return TorchUNet(checkpoint / "unet")
+    return TorchUNet(checkpoint / "unet", device=DEVICE)
 
 
 @pytest.fixture(scope="session")
 def demo_stages(checkpoint):
     """The demo checkpoint's text encoder and VAE."""
-    return LocalStages(checkpoint)
+    return LocalStages(checkpoint, device=DEVICE)
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def open_pipeline(config, demo_unet, demo_stages):
     def open_one(unet=None, unets=None, stages=None, limits=None, **loop_settings):
         changed = dataclasses.replace(
             config,
-            loop=dataclasses.replace(LoopSettings(), **loop_settings),
+            loop=dataclasses.replace(LoopSettings(device=DEVICE), **loop_settings),
             limits=dataclasses.replace(config.limits, **(limits or {})),
         )
         opened.append(LocalPipeline(changed, unets or [unet or demo_unet], stages or demo_stages))

@@ -20,6 +20,9 @@ from fullpipe.engines import Engine, in_order
 from fullpipe.engines.onednn import pack
 from fullpipe.errors import SetupError
 
+# A GPU replays whole ticks, each number of rows from a graph of its own.
+_GPU_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+
 
 class TorchUNet(Engine):
     """A diffusers UNet folder as an `Engine`."""
@@ -32,6 +35,10 @@ class TorchUNet(Engine):
         self._threads = ThreadPoolExecutor(
             self._cores, "unet", initializer=torch.set_num_threads, initargs=(1,)
         )
+
+    def row_counts(self, height: int, width: int, tokens: int) -> tuple[int, ...]:
+        """See `Engine`."""
+        return _GPU_ROWS if self.is_capturable else ()
 
     def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Predict noise for every row; see `Engine`."""

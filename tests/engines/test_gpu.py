@@ -1,0 +1,71 @@
+"""The `compiled` engine on an NVIDIA GPU: close to fp32, and the loop's promises hold on it.
+
+The loop's own tests run there too: `FULLPIPE_TEST_DEVICE=cuda pytest tests/test_loop.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from bench.fidelity import relative_errors
+from fullpipe.assemble import Choices, assemble
+from fullpipe.config import LoopSettings
+from fullpipe.engines.loading import load_unet
+from fullpipe.local import LocalPipeline
+from fullpipe.stages import LocalStages
+from tests.engines.reduced import build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+COMPILED = LoopSettings(device="cuda", engine="compiled", precision="fp16", buckets=[2, 4])
+SETTINGS = [
+    {"seed": 1, "steps": 6, "cfg": 4.0},
+    {"seed": 2, "steps": 9, "cfg": 1.0},
+    {"seed": 3, "steps": 8, "cfg": 3.0, "sampler_name": "heun"},
+    {"seed": 4, "steps": 7, "cfg": 2.0, "sampler_name": "dpmpp_2m"},
+]
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def checkpoint(request, tmp_path_factory):
+    """Random weights of each layout, small."""
+    folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
+    return build(request.param, folder, torch.float16, sample_size=16)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_compiled_networks_are_close_to_fp32(checkpoint, tmp_path, precision):
+    loop = dataclasses.replace(COMPILED, precision=precision)
+    config = assemble(checkpoint, tmp_path / "repository", Choices(loop=loop))
+    unet = load_unet(tmp_path / "repository/scheduler_model/1/unet", config, "cuda")
+    errors = relative_errors(tmp_path / "repository", unet, config)
+    print(precision, errors)
+    assert len(errors) >= 5
+    for name, error in errors.items():
+        assert math.isfinite(error), name
+        assert error < (1e-2 if precision == "fp16" else 3e-2), f"{name}: {error}"
+
+
+def test_compiled_ticks_give_the_same_picture_in_company(checkpoint, tmp_path):
+    config = assemble(checkpoint, tmp_path / "repository", Choices(loop=COMPILED))
+    unet = load_unet(tmp_path / "repository/scheduler_model/1/unet", config, "cuda")
+    stages = LocalStages(checkpoint, device="cuda", dtype=torch.float16)
+    pipeline = LocalPipeline(config, [unet], stages)
+    try:
+        alone = [pipeline.generate(prompt="a", **settings).latents for settings in SETTINGS]
+        again = [pipeline.generate(prompt="a", **settings).latents for settings in SETTINGS]
+        futures = [pipeline.submit(prompt="a", **settings) for settings in SETTINGS]
+        beside = [future.result(timeout=60).latents for future in futures]
+    finally:
+        pipeline.close()
+    for one, two, other in zip(alone, again, beside, strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, two), "the same request twice differs"
+        # Kernels for other numbers of rows round in another order.
+        assert (one - other).norm() < 2e-2 * one.norm()
