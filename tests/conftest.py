@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[1]
 DEVICE = os.environ.get("FULLPIPE_TEST_DEVICE", "cpu")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing that an earlier run has compiled or laid out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     """The demo checkpoint, in diffusers' layout."""

@@ -102,6 +102,35 @@ def test_changing_weights_in_place_changes_every_package(folder):
     assert relative_error(after, eager) < 1e-5
 
 
+def test_another_checkpoint_of_the_architecture_takes_the_same_package(folder, tmp_path):
+    """Fresh weights are uniform in places (norms of ones, biases of zeros), which are no facts."""
+    torch.manual_seed(4)
+    unet = UNet2DConditionModel.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    other = tmp_path / "unet"
+    unet.save_pretrained(other)
+    lines: list[str] = []
+    build(other, SETTINGS, lines.append)
+    assert lines == ["1 packages were compiled before"]
+    compiled, eager = CompiledUNet.load(other, SETTINGS), TorchUNet(other)
+    tensors = inputs(2)
+    wanted = eager.run(tensors)["noise_pred"]
+    assert relative_error(compiled.run(tensors)["noise_pred"], wanted) < 1e-5
+
+
+def test_every_weight_stays_outside_of_the_package(folder):
+    compiled = CompiledUNet.load(folder, SETTINGS)
+    tensors = inputs(2)
+    wanted = compiled.network(*tensors.values())
+    with torch.no_grad():
+        for parameter in compiled.network.parameters():
+            parameter.fill_(torch.nan)
+    assert compiled.run(tensors)["noise_pred"].isnan().all(), "computed with what it has inside"
+    assert not wanted.isnan().any()
+
+
 def test_broken_packages_are_refused_in_one_line(folder, tmp_path):
     broken = tmp_path / "unet"
     shutil.copytree(folder, broken)

@@ -26,8 +26,9 @@ _ATTENTION = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-_OPTIONS = {
+OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,  # nor write short ones, such as biases, into kernels
     "conv_1x1_as_mm": True,  # a matrix product takes its bias and what follows into one kernel
 }
 
@@ -42,7 +43,7 @@ def compile_package(module: nn.Module, inputs: Sequence[torch.Tensor], path: Pat
     """
     with torch.no_grad(), _fast_attention():
         exported = torch.export.export(module, tuple(inputs))
-        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_OPTIONS)
+        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=OPTIONS)
 
 
 class Package:

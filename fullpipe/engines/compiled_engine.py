@@ -1,8 +1,8 @@
 """The `compiled` engine: the UNet through Inductor ahead of time, a package per size and rows.
 
-`build` compiles once, when a repository is assembled; `CompiledUNet.load` only opens packages. What
-no package was built for, a prompt of several chunks for example, goes through the same weights in
-eager torch: the same image, later.
+`build` compiles when a repository is assembled, once for all checkpoints of an architecture;
+`CompiledUNet.load` only opens packages. What no package was built for, a prompt of several chunks
+for example, goes through the same weights in eager torch: the same image, later.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fullpipe.config import LoopSettings
 from fullpipe.engines import Engine, in_order
 from fullpipe.engines.ahead_of_time import Package, compile_package
 from fullpipe.engines.loading import first_line, torch_dtype
+from fullpipe.engines.package_cache import PackageCache
 from fullpipe.engines.torch_engine import Fp32Ends, load_network
 from fullpipe.errors import SetupError
 
@@ -110,11 +111,17 @@ def build(folder: Path, settings: LoopSettings, report: Callable[[str], None]) -
     """
     on_cpu = dataclasses.replace(settings, device="cpu")
     signatures = _signatures(_load_fused(folder, on_cpu), settings)
-    workers = max(1, min(len(signatures), (os.cpu_count() or 1) // CORES_PER_BUILD))
-    report(f"compiling {len(signatures)} packages, {workers} at a time")
+    cache = PackageCache(folder / "config.json", settings.devices[0], settings.precision)
+    missing = [s for s in signatures if not cache.take(dataclasses.asdict(s), folder / s.file)]
+    if len(missing) < len(signatures):
+        report(f"{len(signatures) - len(missing)} packages were compiled before")
+    if not missing:
+        return
+    workers = max(1, min(len(missing), (os.cpu_count() or 1) // CORES_PER_BUILD))
+    report(f"compiling {len(missing)} packages, {workers} at a time")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
-        jobs = {pool.submit(_build_one, folder, settings, s): s for s in signatures}
+        jobs = {pool.submit(_build_one, folder, settings, s): s for s in missing}
         for number, job in enumerate(as_completed(jobs), start=1):
             signature = jobs[job]
             try:
@@ -123,7 +130,8 @@ def build(folder: Path, settings: LoopSettings, report: Callable[[str], None]) -
                 pool.shutdown(cancel_futures=True)
                 what = f"{signature.file} could not be compiled: {first_line(error)}"
                 raise SetupError(what) from error
-            report(f"{number} of {len(signatures)}: {signature.file}, {seconds:.0f} s")
+            cache.keep(dataclasses.asdict(signature), folder / signature.file)
+            report(f"{number} of {len(missing)}: {signature.file}, {seconds:.0f} s")
 
 
 def _build_one(folder: Path, settings: LoopSettings, signature: Signature) -> float:

@@ -10,6 +10,7 @@ import torch
 from fullpipe.config import PipelineConfig
 from fullpipe.engines.ahead_of_time import Package, compile_package
 from fullpipe.engines.loading import first_line
+from fullpipe.engines.package_cache import PackageCache
 from fullpipe.errors import SetupError
 from fullpipe.stages import VaeDecoder
 
@@ -47,14 +48,21 @@ def build_decoder(
     """
     device = config.loop.devices[0]
     decoder = VaeDecoder(folder, device=device, dtype=dtype, is_packed=False).decoder
+    cache = PackageCache(folder / "config.json", device, str(decoder.dtype))
     for height, width in _latent_sizes(config):
-        report(f"compiling {_file(height, width)}")
+        shapes = {"part": "decoder", "height": height, "width": width}
+        target = folder / _file(height, width)
+        if cache.take(shapes, target):
+            report(f"{target.name} was compiled before")
+            continue
+        report(f"compiling {target.name}")
         latents = torch.randn(1, config.checkpoint.latent_channels, height, width, device=device)
         try:
-            compile_package(decoder, [latents], folder / _file(height, width))
+            compile_package(decoder, [latents], target)
         except Exception as error:
             what = f"the VAE's decoder could not be compiled: {first_line(error)}"
             raise SetupError(what) from error
+        cache.keep(shapes, target)
 
 
 def _latent_sizes(config: PipelineConfig) -> list[tuple[int, int]]:
