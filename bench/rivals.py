@@ -35,11 +35,6 @@ ROOT = Path(__file__).parents[1]
 WARM_UPS = 3
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TIME_LIMIT_S = 240.0
-WORDS = {
-    "diffusers": "diffusers' pipeline",
-    "diffusers_compiled": "diffusers' pipeline, compiled",
-    "comfyui": "ComfyUI, KSampler + VAEDecode",
-}
 
 
 def main() -> None:
@@ -52,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=7.0)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--scratch", type=Path, help="for links and converted weights")
     parser.add_argument("--prepare", action="store_true", help="diffusers_compiled: only compile")
     _add_folders(parser)
     arguments = parser.parse_args()
@@ -59,7 +55,9 @@ def main() -> None:
         parser.error(f"--prepare is for diffusers_compiled, got {arguments.name}")
     if arguments.cache:
         _use_cache(arguments.cache, os.environ)
-    print(json.dumps(RIVALS[arguments.name](arguments)))
+    with tempfile.TemporaryDirectory(prefix="rival-", dir=arguments.scratch) as folder:
+        document = RIVALS[arguments.name](arguments, Path(folder))
+    print(json.dumps(document))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -123,10 +121,18 @@ def rival(
     command += ["--cache", cache.resolve()] if cache else []
     command += ["--prepare"] if prepare else []
     started = time.perf_counter()
-    # Files, not pipes: who inherits a pipe could keep it open beyond the end of the process.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as log:
+    with (
+        tempfile.TemporaryDirectory(prefix="rival-", ignore_cleanup_errors=True) as scratch,
+        # Files, not pipes: who inherits a pipe could keep it open beyond the end of the process.
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+    ):
         process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, stdout=out, stderr=log, start_new_session=True
+            [*map(str, command), "--scratch", scratch],
+            cwd=ROOT,
+            stdout=out,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             process.wait(time_limit_s)
@@ -157,37 +163,35 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _diffusers(arguments: argparse.Namespace) -> dict:
-    with tempfile.TemporaryDirectory(prefix="rival-") as folder:
-        pipeline, told = _pipeline(arguments, Path(folder))
-        seconds = _pictures(pipeline, arguments, WARM_UPS + arguments.repeats)
+def _diffusers(arguments: argparse.Namespace, folder: Path) -> dict:
+    pipeline, told = _pipeline(arguments, folder)
+    seconds = _pictures(pipeline, arguments, WARM_UPS + arguments.repeats)
     return {**spread(seconds[WARM_UPS:]), **told}
 
 
-def _diffusers_compiled(arguments: argparse.Namespace) -> dict:
+def _diffusers_compiled(arguments: argparse.Namespace, folder: Path) -> dict:
     """As diffusers' guide on torch.compile has it: Inductor with CUDA graphs, no dynamic sizes."""
-    with tempfile.TemporaryDirectory(prefix="rival-") as folder:
-        pipeline, told = _pipeline(arguments, Path(folder))
-        pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
-        pipeline.fuse_qkv_projections()
-        mode = "reduce-overhead"
-        pipeline.unet = torch.compile(pipeline.unet, mode=mode, fullgraph=True)
-        # diffusers moves SDXL's VAE to fp32 and back at every picture. A CUDA graph would be
-        # recorded anew each time, as the weights lie elsewhere.
-        is_upcast = (
-            "XL" in type(pipeline).__name__
-            and pipeline.vae.dtype == torch.float16
-            and pipeline.vae.config.force_upcast
-        )
-        vae_mode = "default" if is_upcast else mode
-        pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode=vae_mode, fullgraph=True)
-        told |= {"unet_mode": mode, "vae_mode": vae_mode}
-        if arguments.prepare:
-            # The first step and the later ones may differ in the layout of their latents.
-            arguments.steps = 2
-            return {**told, "compile_s": round(_pictures(pipeline, arguments, 1)[0], 1)}
-        seconds = _pictures(pipeline, arguments, WARM_UPS + arguments.repeats)
+    pipeline, told = _pipeline(arguments, folder)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.vae.to(memory_format=torch.channels_last)
+    pipeline.fuse_qkv_projections()
+    mode = "reduce-overhead"
+    pipeline.unet = torch.compile(pipeline.unet, mode=mode, fullgraph=True)
+    # diffusers moves SDXL's VAE to fp32 and back at every picture. A CUDA graph would be
+    # recorded anew each time, as the weights lie elsewhere.
+    is_upcast = (
+        "XL" in type(pipeline).__name__
+        and pipeline.vae.dtype == torch.float16
+        and pipeline.vae.config.force_upcast
+    )
+    vae_mode = "default" if is_upcast else mode
+    pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode=vae_mode, fullgraph=True)
+    told |= {"unet_mode": mode, "vae_mode": vae_mode}
+    if arguments.prepare:
+        # The first step and the later ones may differ in the layout of their latents.
+        arguments.steps = 2
+        return {**told, "compile_s": round(_pictures(pipeline, arguments, 1)[0], 1)}
+    seconds = _pictures(pipeline, arguments, WARM_UPS + arguments.repeats)
     warm_up_s = [round(value, 1) for value in seconds[:WARM_UPS]]
     measured = spread(seconds[WARM_UPS:])
     compile_s = round(max(0.0, sum(seconds[:WARM_UPS]) - WARM_UPS * measured["p50_ms"] / 1e3), 1)
@@ -262,37 +266,35 @@ def complete(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def _comfyui(arguments: argparse.Namespace) -> dict:
+def _comfyui(arguments: argparse.Namespace, folder: Path) -> dict:
     """ComfyUI's own nodes in a process that has its tree on its path."""
     from tests.parity.comfyui import ComfyUI, install
 
     comfyui = ComfyUI.at(arguments.comfyui) if arguments.comfyui else install()
     unet = json.loads((arguments.checkpoint / "unet" / "config.json").read_text("utf-8"))
-    with tempfile.TemporaryDirectory(prefix="rival-") as name:
-        base = Path(name)
-        checkpoints = base / "models" / "checkpoints"
-        checkpoints.mkdir(parents=True)
-        started = time.perf_counter()
-        dtype = DTYPES[arguments.precision]
-        save_file(single_file(arguments.checkpoint, dtype), checkpoints / "rival.safetensors")
-        convert_s = time.perf_counter() - started
-        captions = prompts()
-        job = {
-            "checkpoint": "rival.safetensors",
-            "is_cpu": arguments.device == "cpu",
-            "size_px": 8 * unet["sample_size"],
-            "steps": arguments.steps,
-            "cfg": arguments.cfg,
-            "positive": next(captions),
-            "count": WARM_UPS + arguments.repeats,
-        }
-        (base / "job.json").write_text(json.dumps(job))
-        script = Path(__file__).with_name("comfyui_nodes.py")
-        process = comfyui.start(script, str(base), threads=None)
-        output, _ = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"ComfyUI ended with {process.returncode}: {output[-4000:].strip()}")
-        told = json.loads((base / "result.json").read_text())
+    checkpoints = folder / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    started = time.perf_counter()
+    dtype = DTYPES[arguments.precision]
+    save_file(single_file(arguments.checkpoint, dtype), checkpoints / "rival.safetensors")
+    convert_s = time.perf_counter() - started
+    captions = prompts()
+    job = {
+        "checkpoint": "rival.safetensors",
+        "is_cpu": arguments.device == "cpu",
+        "size_px": 8 * unet["sample_size"],
+        "steps": arguments.steps,
+        "cfg": arguments.cfg,
+        "positive": next(captions),
+        "count": WARM_UPS + arguments.repeats,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    script = Path(__file__).with_name("comfyui_nodes.py")
+    process = comfyui.start(script, str(folder), threads=None)
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"ComfyUI ended with {process.returncode}: {output[-4000:].strip()}")
+    told = json.loads((folder / "result.json").read_text())
     sampling, decoding = (told.pop(f"{name}_s")[WARM_UPS:] for name in ("ksampler", "vae_decode"))
     both = [a + b for a, b in zip(sampling, decoding, strict=True)]
     return {
