@@ -19,6 +19,12 @@ SMALLEST = {"device": "cpu", "precision": "fp32", "steps": 2, "repeats": 1}
 TIMES = {"p50_ms", "p99_ms", "min_ms", "max_ms", "count"}
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """For the rivals, which inherit it: threads of small networks would wait for each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
 def reduced(request, tmp_path_factory) -> Path:
     """A checkpoint that has what this project needs, and no more."""
