@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench import rivals
 from bench.fidelity import relative_errors, unet_inputs
 from bench.record import spread, store
 from bench.served import load, prompts
@@ -47,9 +48,9 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=7.0)
     parser.add_argument("--count", type=int, default=32, help="requests of a phase")
     parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--diffusers", action="store_true", help="its pipeline too, eager")
     parser.add_argument("--keep", type=Path, help="build there, or take what is built there")
     parser.add_argument("--build-only", action="store_true", help="end when all is built")
+    rivals.add_options(parser)
     arguments = parser.parse_args()
 
     loop = LoopSettings(
@@ -87,8 +88,8 @@ def main() -> None:
         for where in repositories:
             result[where] |= _served(folder / where, arguments, is_whole=where == "loop")
             print(where, result[where], flush=True)
-        if arguments.diffusers:
-            result["diffusers"] = _diffusers(checkpoint, arguments)
+        if arguments.rivals:
+            result["rivals"] = rivals.compare(checkpoint, arguments)
     one = result["loop"]["one_at_a_time"]
     bare_ms = arguments.steps * result["bare_unet"]["2"]["ms"]
     result["loop_over_bare_unet"] = round(one["stages_ms"]["loop"] / bare_ms, 3)
@@ -221,30 +222,6 @@ class _Stages:
     def medians(self) -> dict[str, float]:
         names = self.milliseconds[0]
         return {n: round(float(np.median([m[n] for m in self.milliseconds])), 2) for n in names}
-
-
-def _diffusers(checkpoint: Path, arguments: argparse.Namespace) -> dict:
-    """diffusers' own pipeline on the same weights."""
-    from diffusers import DiffusionPipeline, EulerDiscreteScheduler
-
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    pipeline = DiffusionPipeline.from_pretrained(
-        checkpoint, dtype=dtype[arguments.precision], local_files_only=True
-    ).to(arguments.device)
-    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    captions = prompts()
-    seconds = []
-    for _ in range(3 + min(10, arguments.count)):
-        started = time.perf_counter()
-        pipeline(
-            next(captions),
-            num_inference_steps=arguments.steps,
-            guidance_scale=arguments.cfg,
-            output_type="np",
-        )
-        seconds.append(time.perf_counter() - started)
-    return spread(seconds[3:])
 
 
 def _random_checkpoint(arguments: argparse.Namespace, folder: Path) -> Path:

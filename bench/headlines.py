@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench.tables import table
+from bench.tables import RIVAL_WORDS, table
 
 OPEN, CLOSE = "<!-- figures: python -m bench.report -->", "<!-- end of figures -->"
 
@@ -32,8 +32,10 @@ def headlines(documents: dict[str, dict]) -> str:
             ]
     for name, document in documents.items():
         if name.startswith("gpu") and "together_over_one" in document["result"]:
-            what, figure = _gpu(document["result"])
-            rows.append([what, figure, f"`{document['command']}`"])
+            rows += [
+                [what, figure, f"`{document['command']}`"]
+                for what, figure in _gpu(document["result"])
+            ]
         told = document["result"].get("headline")
         if told:
             rows.append([told["what"], told["figure"], f"`{_command(document)}`"])
@@ -118,15 +120,25 @@ def _diffusers(result: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _gpu(result: dict) -> tuple[str, str]:
+def _gpu(result: dict) -> list[tuple[str, str]]:
     one, together = result["loop"]["one_at_a_time"], result["loop"]["together"]
-    return (
-        f"{result['device']}: {result['request']}, {together['concurrency']} at a time",
-        f"{together['images_per_second']:.2f} pictures a second,"
-        f" {result['together_over_one']:.2f} × one at a time, which take"
-        f" {one['p50_ms']:.0f} ms each; the loop takes {result['loop_over_bare_unet']:.2f} × the"
-        " time of its UNet calls alone",
-    )
+    lines = [
+        (
+            f"{result['device']}: {result['request']}, {together['concurrency']} at a time",
+            f"{together['images_per_second']:.2f} pictures a second,"
+            f" {result['together_over_one']:.2f} × one at a time, which take"
+            f" {one['p50_ms']:.0f} ms each; the loop takes {result['loop_over_bare_unet']:.2f} ×"
+            " the time of its UNet calls alone",
+        )
+    ]
+    measured = {n: r["p50_ms"] for n, r in result.get("rivals", {}).items() if "p50_ms" in r}
+    if measured:
+        figures = [
+            f"{one['p50_ms'] / p50:.2f} × the time of {RIVAL_WORDS.get(name, name)} ({p50:.0f} ms)"
+            for name, p50 in measured.items()
+        ]
+        lines.append(("the same, one picture over HTTP", "; ".join(figures)))
+    return lines
 
 
 def _unet_apart(result: dict) -> list[tuple[str, str]]:

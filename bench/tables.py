@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+RIVAL_WORDS = {
+    "diffusers": "diffusers' pipeline",
+    "diffusers_compiled": "diffusers' pipeline, compiled",
+    "comfyui": "ComfyUI's KSampler and VAEDecode",
+}
 POLICY_WORDS = {
     "continuous": "continuous",
     "static": "static batches",
@@ -167,14 +172,13 @@ def transports(result: dict) -> str:
 
 
 def gpu(result: dict) -> str:
-    """One checkpoint on a GPU: served in both ways, the bare UNet, and diffusers if it was run."""
+    """One checkpoint on a GPU: served in both ways, the bare UNet, and the rivals that were run."""
     if not {"loop", "bare_unet"} <= set(result):
         return plain(result)
     ways = {
         "one at a time": result["loop"].get("one_at_a_time"),
         "together": result["loop"].get("together"),
         "one at a time, UNet over BLS": result.get("bls", {}).get("one_at_a_time"),
-        "diffusers' own pipeline": result.get("diffusers"),
     }
     rows = [
         [
@@ -196,16 +200,36 @@ def gpu(result: dict) -> str:
         for where in ("loop", "bls")
         if "ready_s" in result.get(where, {})
     ]
-    return "\n\n".join(
-        [
-            f"{result['request']}. The loop takes {result['loop_over_bare_unet']:.2f} × the time of"
-            f" its UNet calls alone; together {result['together_over_one']:.2f} × the pictures a"
-            " second.",
-            table(columns, rows),
-            table(["UNet rows", "bare UNet ms"], bare),
-            table(["UNet", "assembling s", "ready after s"], starts),
-        ]
-    )
+    parts = [
+        f"{result['request']}. The loop takes {result['loop_over_bare_unet']:.2f} × the time of"
+        f" its UNet calls alone; together {result['together_over_one']:.2f} × the pictures a"
+        " second.",
+        table(columns, rows),
+        table(["UNet rows", "bare UNet ms"], bare),
+        table(["UNet", "assembling s", "ready after s"], starts),
+    ]
+    if result.get("rivals"):
+        parts.append(_rivals(result["loop"]["one_at_a_time"], result["rivals"]))
+    return "\n\n".join(parts)
+
+
+def _rivals(one: dict, rivals: dict[str, dict]) -> str:
+    """Rivals' times of one picture, and the time of one over HTTP in terms of each."""
+    rows = [["one over HTTP, one at a time", one["p50_ms"], one["p99_ms"], None]]
+    failed = []
+    for name, rival in rivals.items():
+        words = RIVAL_WORDS.get(name, _words(name))
+        if "error" in rival:
+            failed.append(f"{words}: not measured ({' '.join(rival['error'].split())}).")
+            continue
+        over = f"{one['p50_ms'] / rival['p50_ms']:.2f} ×"
+        rows.append([words, rival["p50_ms"], rival["p99_ms"], over])
+        for part in ("ksampler", "vae_decode"):
+            if part in rival:
+                times = [rival[part][f"p{n}_ms"] for n in (50, 99)]
+                rows.append([f"… of that, {_words(part)}", *times, None])
+    columns = ["one picture", "p50 ms", "p99 ms", "ours over it"]
+    return "\n\n".join([table(columns, rows), *failed])
 
 
 def advance(result: dict) -> str:

@@ -51,7 +51,9 @@ def test_missing_results_are_left_out_and_unknown_ones_shown(documents):
     assert "| w | f |" in headlines.headlines({"gpu_steps": gpu})
 
 
-def test_a_gpu_result_has_tables_and_a_headline(documents):
+@pytest.fixture
+def gpu_sample(documents):
+    """A result of bench/gpu.py made by hand: no machine measured these figures."""
     served = {"assemble_s": 1.5, "ready_s": 8.0}
     way = {"images_per_second": 2.5, "p50_ms": 400.0, "p99_ms": 410.0, "stages_ms": {"loop": 380.0}}
     result = {
@@ -63,10 +65,33 @@ def test_a_gpu_result_has_tables_and_a_headline(documents):
         "loop_over_bare_unet": 1.07,
         "together_over_one": 1.9,
     }
-    document = {"gpu_sd1": {**documents["overhead"], "result": result}}
+    return {**documents["overhead"], "result": result}
+
+
+def test_a_gpu_result_has_tables_and_a_headline(gpu_sample):
+    document = {"gpu_sd1": gpu_sample}
     page, lines = report.build(document, None), headlines.headlines(document)
     assert "on Some GPU" in page and "| 2 | 17 |" in page and "16 at a time" in page
     assert "Some GPU: native size" in lines and "1.90 × one at a time" in lines
+    assert "the same, one picture" not in lines and "ours over it" not in page
+
+
+def test_rivals_of_a_gpu_result_have_their_times_and_ratios(gpu_sample):
+    sample = {"p50_ms": 800.0, "p99_ms": 900.0}
+    parts = {"ksampler": {"p50_ms": 450.0, "p99_ms": 451.0}, "vae_decode": sample}
+    gpu_sample["result"]["rivals"] = {
+        "diffusers": sample,
+        "diffusers_compiled": {"error": "not done after 240 s:\nlast words", "process_s": 240.0},
+        "comfyui": {"p50_ms": 500.0, "p99_ms": 510.0, **parts},
+    }
+    page = report.build({"gpu_sd1": gpu_sample}, None)
+    lines = headlines.headlines({"gpu_sd1": gpu_sample})
+    assert "| diffusers' pipeline | 800 | 900 | 0.50 × |" in page
+    assert "| ComfyUI's KSampler and VAEDecode | 500 | 510 | 0.80 × |" in page
+    assert "| … of that, ksampler | 450 | 451 | – |" in page
+    assert "compiled: not measured (not done after 240 s: last words)." in page
+    assert "0.50 × the time of diffusers' pipeline (800 ms); 0.80 × the time of ComfyUI's" in lines
+    assert "compiled" not in lines.replace("overhead", "")
 
 
 def test_every_benchmark_says_why_its_number_matters(documents):

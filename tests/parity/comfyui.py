@@ -37,16 +37,29 @@ class ComfyUI:
 
     tree: Path
     extra_packages: Path
-    torchvision_stub: Path
+    torchvision_stub: Path | None
 
-    def start(self, script: Path, *arguments: str) -> subprocess.Popen:
-        """Start a Python script that may import `comfy`, on the CPU and on one thread."""
+    @classmethod
+    def at(cls, tree: Path) -> ComfyUI:
+        """One that lies in a folder, with what this Python lacks in `tree/../packages`.
+
+        Raises:
+            FileNotFoundError: the folder holds no ComfyUI.
+        """
+        if not (tree / "comfy" / "sample.py").exists():
+            raise FileNotFoundError(f"{tree} has no comfy/sample.py; needed: ComfyUI's own folder")
+        tree = tree.resolve()
+        stub = None if _is_installed("torchvision") else _make_stub(tree.parent)
+        return cls(tree, tree.parent / "packages", stub)
+
+    def start(self, script: Path, *arguments: str, threads: int | None = 1) -> subprocess.Popen:
+        """Start a Python script that may import `comfy`; `threads` None leaves them to torch."""
         path = [self.torchvision_stub, self.extra_packages, self.tree, script.parent]
         environment = dict(
             os.environ,
-            PYTHONPATH=os.pathsep.join(map(str, path)),
-            OMP_NUM_THREADS="1",
+            PYTHONPATH=os.pathsep.join(str(folder) for folder in path if folder),
             PYTHONDONTWRITEBYTECODE="1",
+            **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
         )
         return subprocess.Popen(
             [sys.executable, str(script), *arguments],
@@ -84,11 +97,16 @@ def install(cache: Path | None = None) -> ComfyUI:
     ]
     if missing:
         _pip("install", "--target", str(extra_packages), *missing)
-    stub = cache / "torchvision_stub"
+    return ComfyUI(tree, extra_packages, _make_stub(cache))
+
+
+def _make_stub(folder: Path) -> Path:
+    """A torchvision that can be imported, in a folder of its own."""
+    stub = folder / "torchvision_stub"
     (stub / "torchvision").mkdir(parents=True, exist_ok=True)
     for name in ("__init__.py", "models.py", "transforms.py"):
         (stub / "torchvision" / name).touch()
-    return ComfyUI(tree, extra_packages, stub)
+    return stub
 
 
 def _is_installed(module: str) -> bool:
