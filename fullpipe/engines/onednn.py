@@ -8,11 +8,10 @@ reordering of the weights in every call. Results differ from eager torch's by fp
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2DCrossAttn
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from fullpipe.engines.memory import keep_freed_memory
@@ -46,24 +45,20 @@ def pack(network: Network) -> Network:
     return network
 
 
-def share_twins(unet: UNet2DConditionModel) -> bool:
+def share_twins(unet: Any) -> bool:
     """Let a packed UNet take fewer samples than prompts; see `fullpipe.engines.twins`.
 
     Returns:
         Whether it is one that can; others stay as they are.
     """
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    parts = [
-        part
-        for block in blocks
-        for part in (*block.resnets, *(getattr(block, "attentions", None) or ()))
-    ]
-    if (
-        unet.config.addition_embed_type is not None
-        or type(unet.mid_block) is not UNetMidBlock2DCrossAttn
-        or not all(type(part) in (PackedResnet, PackedTransformer) for part in parts)
-    ):
+    if unet.config.addition_embed_type is not None:
         return False
+    if type(unet.mid_block) is not UNetMidBlock2DCrossAttn:
+        return False
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        parts = (*block.resnets, *(getattr(block, "attentions", None) or ()))
+        if not all(type(part) in (PackedResnet, PackedTransformer) for part in parts):
+            return False
     for block in unet.up_blocks:
         block.register_forward_pre_hook(spread_skips, with_kwargs=True)
     return True

@@ -23,7 +23,7 @@ from fullpipe.engines.twins import spread
 class PackedResnet(nn.Module):
     """`ResnetBlock2D` of a UNet or a VAE."""
 
-    def __init__(self, block: ResnetBlock2D):
+    def __init__(self, block: Any):
         super().__init__()
         self._norm1, self._norm2 = block.norm1, block.norm2
         self._conv1, self._conv2 = PackedConv2d.of(block.conv1), PackedConv2d.of(block.conv2)
@@ -33,7 +33,7 @@ class PackedResnet(nn.Module):
         )
 
     @staticmethod
-    def takes(block: nn.Module) -> bool:
+    def takes(block: Any) -> bool:
         """Whether it is one without resampling whose time embedding, if any, is added."""
         return (
             type(block) is ResnetBlock2D
@@ -61,10 +61,9 @@ class PackedUpsample(nn.Module):
     the row and the column are even or odd: four convolutions of 2x2 of the small picture, in one.
     """
 
-    def __init__(self, layer: Upsample2D):
+    def __init__(self, layer: Any):
         super().__init__()
         conv = layer.conv
-        assert isinstance(conv, nn.Conv2d)
         self._plain = PackedConv2d.of(conv)
         # [of two rows, of two taps, of three taps]: the first row of a pair has its upper
         # neighbour in the pixel above, the second row its lower neighbour in the pixel below.
@@ -78,7 +77,7 @@ class PackedUpsample(nn.Module):
         )
 
     @staticmethod
-    def takes(layer: nn.Module) -> bool:
+    def takes(layer: Any) -> bool:
         """Whether it is the usual one."""
         return (
             type(layer) is Upsample2D
@@ -108,14 +107,14 @@ class PackedUpsample(nn.Module):
 class PackedTransformer(nn.Module):
     """`Transformer2DModel` of a UNet."""
 
-    def __init__(self, model: Transformer2DModel):
+    def __init__(self, model: Any):
         super().__init__()
         self._norm = model.norm
         self._into, self._out_of = _pack_projection(model.proj_in), _pack_projection(model.proj_out)
         self._blocks = nn.ModuleList(_Block(block) for block in model.transformer_blocks)
 
     @staticmethod
-    def takes(model: nn.Module) -> bool:
+    def takes(model: Any) -> bool:
         """Whether it is the usual one: self-attention, cross-attention, GEGLU."""
         return (
             type(model) is Transformer2DModel
@@ -146,7 +145,7 @@ class PackedTransformer(nn.Module):
 class _Block(nn.Module):
     """`BasicTransformerBlock`."""
 
-    def __init__(self, block: BasicTransformerBlock):
+    def __init__(self, block: Any):
         super().__init__()
         own, cross, up, down = block.attn1, block.attn2, block.ff.net[0].proj, block.ff.net[2]
         self._norms = nn.ModuleList([block.norm1, block.norm2, block.norm3])
@@ -156,14 +155,13 @@ class _Block(nn.Module):
         self._cross_query = PackedLinear.of(cross.to_q)
         self._cross = PackedLinear(*_joined(cross.to_k, cross.to_v))
         self._cross_out = PackedLinear.of(cross.to_out[0])
-        (value, gate), biases = up.weight.chunk(2), (None, None)
-        if up.bias is not None:
-            biases = up.bias.chunk(2)
-        self._value, self._gate = PackedLinear(value, biases[0]), PackedLinear(gate, biases[1])
+        value, gate = up.weight.chunk(2)
+        value_bias, gate_bias = (None, None) if up.bias is None else up.bias.chunk(2)
+        self._value, self._gate = PackedLinear(value, value_bias), PackedLinear(gate, gate_bias)
         self._down = PackedLinear.of(down)
 
     @staticmethod
-    def takes(block: nn.Module) -> bool:
+    def takes(block: Any) -> bool:
         return (
             type(block) is BasicTransformerBlock
             and block.norm_type == "layer_norm"
@@ -209,8 +207,9 @@ def _attend(
 
 def _joined(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of one layer with the outputs of all of them."""
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
+    weights: list[torch.Tensor] = [layer.weight for layer in layers]
+    biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 def _pack_projection(layer: nn.Linear | nn.Conv2d) -> PackedLinear:

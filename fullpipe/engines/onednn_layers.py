@@ -57,11 +57,12 @@ class PackedConv2d(nn.Module):
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> PackedConv2d:
-        """The same layer, packed."""
+        """The same layer, packed; one that pads with zeros, by numbers."""
+        assert not isinstance(layer.padding, str)
         return cls(
             layer.weight,
             layer.bias,
-            padding=tuple(layer.padding),
+            padding=layer.padding,
             stride=layer.stride,
             dilation=layer.dilation,
             groups=layer.groups,
