@@ -2,32 +2,131 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from fullpipe.engines.onednn import PackedConv2d, PackedLinear, pack
+from fullpipe.engines.onednn import pack, share_twins
+from fullpipe.engines.onednn_blocks import PackedResnet, PackedTransformer, PackedUpsample
+from fullpipe.engines.onednn_layers import PackedConv2d, PackedLinear
+from fullpipe.engines.torch_engine import TorchUNet
+from fullpipe.engines.twins import deal
+from fullpipe.stages import load_vae
 
 
-def rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rows(
+    count: int, size: tuple[int, int] = (16, 16)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     return (
-        torch.randn(count, 4, 16, 16, generator=generator),
+        torch.randn(count, 4, *size, generator=generator),
         torch.randint(0, 1000, (count,), generator=generator),
         torch.randn(count, 77, 128, generator=generator),
     )
 
 
+def plain_unet(checkpoint: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(checkpoint / "unet").eval()
+
+
 @torch.inference_mode()
 def test_a_packed_unet_predicts_what_the_plain_one_does(checkpoint):
-    plain = UNet2DConditionModel.from_pretrained(checkpoint / "unet").eval()
-    packed = pack(UNet2DConditionModel.from_pretrained(checkpoint / "unet").eval())
+    plain, packed = plain_unet(checkpoint), pack(plain_unet(checkpoint))
     kinds = {type(layer) for layer in packed.modules()}
-    assert {PackedConv2d, PackedLinear} <= kinds and not {nn.Conv2d, nn.Linear} & kinds
-    for count in (1, 3):
-        expected, got = (unet(*rows(count), return_dict=False)[0] for unet in (plain, packed))
+    assert {PackedConv2d, PackedLinear, PackedResnet, PackedTransformer, PackedUpsample} <= kinds
+    assert not {nn.Conv2d, nn.Linear, ResnetBlock2D, Transformer2DModel} & kinds
+    for count, size in ((1, (16, 16)), (3, (16, 16)), (2, (17, 24)), (1, (8, 11))):
+        expected, got = (unet(*rows(count, size), return_dict=False)[0] for unet in (plain, packed))
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_packed_vae_computes_what_the_plain_one_does(checkpoint):
+    plain = load_vae(checkpoint / "vae", "cpu", torch.float32, is_packed=False)
+    packed = load_vae(checkpoint / "vae", "cpu", torch.float32)
+    assert not {nn.Conv2d, ResnetBlock2D} & {type(layer) for layer in packed.modules()}
+    latents = rows(1, (9, 12))[0]
+    pixels = plain.decode(latents).sample
+    torch.testing.assert_close(packed.decode(latents).sample, pixels, atol=1e-5, rtol=0)
+    expected, got = (vae.encode(pixels).latent_dist.mode() for vae in (plain, packed))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [None, (10, 14), (9, 13)])
+@torch.inference_mode()
+def test_an_upsampling_and_its_convolution_are_one(size):
+    plain = Upsample2D(6, use_conv=True, out_channels=10)
+    x = torch.randn(2, 6, 5, 7)
+    got = PackedUpsample(plain)(x, size)
+    torch.testing.assert_close(got, plain(x, size), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_resnet_adds_its_time_and_keeps_its_input():
+    for channels in (16, 24):  # without and with a shortcut
+        plain = ResnetBlock2D(in_channels=16, out_channels=channels, temb_channels=12, groups=8)
+        x, temb = torch.randn(2, 16, 6, 5), torch.randn(2, 12)
+        before = x.clone()
+        got = PackedResnet(plain)(x, temb)
+        torch.testing.assert_close(got, plain(x, temb), atol=1e-5, rtol=0)
+        assert torch.equal(x, before)
+
+
+def test_blocks_of_another_make_stay_as_they_are():
+    scaled = ResnetBlock2D(in_channels=8, groups=8, output_scale_factor=2.0)
+    shifted = ResnetBlock2D(in_channels=8, groups=8, time_embedding_norm="scale_shift")
+    resampled = ResnetBlock2D(in_channels=8, groups=8, up=True)
+    transposed = Upsample2D(8, use_conv_transpose=True)
+    packed = pack(nn.ModuleList([scaled, shifted, resampled, transposed]))
+    assert [type(part) for part in packed] == [ResnetBlock2D] * 3 + [Upsample2D]
+
+
+@torch.inference_mode()
+def test_guided_halves_share_what_comes_before_the_prompt(checkpoint):
+    plain, packed = plain_unet(checkpoint), pack(plain_unet(checkpoint))
+    assert share_twins(packed)
+    sample, timestep, _ = rows(3)
+    prompts = rows(5)[2]
+    all_rows = [0, 1, 2, 0, 1]
+    expected = plain(sample[all_rows], timestep[all_rows], prompts, return_dict=False)[0]
+    got = packed(sample, timestep, prompts, return_dict=False)[0]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "origins", [[0], [0, 0], [0, 1, 2, 0, 2], [0, 0, 0, 1], [0, 1, 0, 1, 2, 3]]
+)
+def test_an_engine_finds_twins_wherever_they_are(checkpoint, origins):
+    sample, timestep, _ = rows(4)
+    prompts = rows(len(origins))[2]
+    engine = TorchUNet(checkpoint / "unet")
+    got = engine.run(
+        {
+            "sample": sample[origins],
+            "timestep": timestep[origins],
+            "encoder_hidden_states": prompts,
+        }
+    )["noise_pred"]
+    with torch.inference_mode():
+        expected = plain_unet(checkpoint)(
+            sample[origins], timestep[origins], prompts, return_dict=False
+        )[0]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_twins_are_dealt_together():
+    sample, timestep, _ = rows(4)
+    halves = [0, 1, 2, 3, 0, 2, 3]
+    shares = deal(sample[halves], timestep[halves], 2)
+    assert [(share.rows, share.unlike) for share in shares] == [([0, 1, 4], 2), ([2, 3, 5, 6], 2)]
+    (share,) = deal(sample[[0, 0]], torch.tensor([7, 8]), 1)
+    assert share.unlike == 2, "the same sample at another timestep is no twin"
 
 
 @pytest.mark.parametrize("bias", [True, False])

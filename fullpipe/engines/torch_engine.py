@@ -17,7 +17,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from fullpipe.engines import Engine, in_order
-from fullpipe.engines.onednn import pack
+from fullpipe.engines.onednn import pack, share_twins
+from fullpipe.engines.twins import Share, deal
 from fullpipe.errors import SetupError
 
 # A GPU replays whole ticks, each number of rows from a graph of its own.
@@ -30,6 +31,7 @@ class TorchUNet(Engine):
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
         """Load config.json and the safetensors of `folder`; raises what `load_network` raises."""
         self._network = pack(load_network(folder, device=device, dtype=dtype))
+        self._shares_twins = share_twins(self._network.unet)
         self.is_capturable = torch.device(device).type == "cuda"
         self._cores = 1 if self.is_capturable else torch.get_num_threads()
         self._threads = ThreadPoolExecutor(
@@ -43,10 +45,30 @@ class TorchUNet(Engine):
     def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Predict noise for every row; see `Engine`."""
         rows = len(tensors["sample"])
-        if self._cores == 1 or rows < self._cores:
+        if rows < self._cores:
+            return {"noise_pred": self._predict(*in_order(tensors))}
+        if self._shares_twins:
+            return {"noise_pred": self._predict_shares(**tensors)}
+        if self._cores == 1:
             return {"noise_pred": self._predict(*in_order(tensors))}
         shares = (tensor.tensor_split(self._cores) for tensor in in_order(tensors))
         return {"noise_pred": torch.cat(list(self._threads.map(self._predict, *shares)))}
+
+    @torch.inference_mode()
+    def _predict_shares(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        noise_pred = torch.empty_like(sample)
+
+        @torch.inference_mode()
+        def predict(share: Share) -> None:
+            unlike = share.rows[: share.unlike]
+            noise_pred[share.rows] = self._predict(
+                sample[unlike], timestep[unlike], encoder_hidden_states[share.rows]
+            )
+
+        list(self._threads.map(predict, deal(sample, timestep, self._cores)))
+        return noise_pred
 
     @torch.inference_mode()
     def _predict(self, *inputs: torch.Tensor) -> torch.Tensor:
