@@ -15,9 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import itertools
+import json
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,26 +79,30 @@ def main() -> None:
             result[where] = {"assemble_s": _assembled(checkpoint, folder / where, settings)}
         if arguments.build_only:
             return
-        config = PipelineConfig.load(folder / "loop" / "scheduler_model" / "1" / "pipeline.json")
-        unet_folder = folder / "loop" / "scheduler_model" / "1" / "unet"
-        unet = load_unet(unet_folder, config, loop.device)
-        result["relative_error"] = relative_errors(folder / "loop", unet, config)
-        result["bare_unet"] = _bare_unet(unet, config, arguments.buckets)
-        print(result["relative_error"], result["bare_unet"], flush=True)
-        del unet
-        if loop.device != "cpu":
-            torch.cuda.empty_cache()
-        for where in repositories:
-            result[where] |= _served(folder / where, arguments, is_whole=where == "loop")
-            print(where, result[where], flush=True)
-        if arguments.rivals:
-            result["rivals"] = rivals.compare(checkpoint, arguments)
-    one = result["loop"]["one_at_a_time"]
-    bare_ms = arguments.steps * result["bare_unet"]["2"]["ms"]
-    result["loop_over_bare_unet"] = round(one["stages_ms"]["loop"] / bare_ms, 3)
-    result["together_over_one"] = round(
-        result["loop"]["together"]["images_per_second"] / one["images_per_second"], 3
-    )
+        phases: dict[str, Callable[[], dict]] = {
+            "networks": lambda: _networks(folder / "loop", arguments.buckets),
+            "loop": lambda: _served(folder / "loop", arguments, is_whole=True),
+            "rivals": lambda: rivals.compare(checkpoint, arguments),
+            "bls": lambda: _served(folder / "bls", arguments, is_whole=False),
+        }
+        for name, phase in phases.items():
+            started = time.perf_counter()
+            try:
+                measured = phase()
+            except Exception as error:  # the other phases are worth their time all the same
+                traceback.print_exc()
+                measured = {"error": f"{type(error).__name__}: {error}"}
+            result[name] = result.get(name, {}) | measured
+            seconds = time.perf_counter() - started
+            print(f"{name}, {seconds:.0f} s:", json.dumps(result[name]), flush=True)
+    one, together = (result["loop"].get(name) for name in ("one_at_a_time", "together"))
+    if one and "bare_unet" in result["networks"]:
+        bare_ms = arguments.steps * result["networks"]["bare_unet"]["2"]["ms"]
+        result["loop_over_bare_unet"] = round(one["stages_ms"]["loop"] / bare_ms, 3)
+    if one and together:
+        result["together_over_one"] = round(
+            together["images_per_second"] / one["images_per_second"], 3
+        )
     store(f"gpu_{arguments.family}" if not arguments.checkpoint else "gpu", result)
 
 
@@ -117,6 +124,25 @@ def _assembled(checkpoint: Path, repository: Path, loop: LoopSettings) -> float:
         assemble(checkpoint, repository, Choices(loop=loop), report=print)
         note.write_text(f"{time.perf_counter() - started:.1f}")
     return float(note.read_text())
+
+
+def _networks(repository: Path, rows: list[int]) -> dict:
+    """Errors against fp32, and the UNet alone; in this process, which frees its memory again."""
+    folder = repository / "scheduler_model" / "1"
+    config = PipelineConfig.load(folder / "pipeline.json")
+    device = config.loop.devices[0]
+    started = time.perf_counter()
+    unet = load_unet(folder / "unet", config, device)
+    measured = {
+        "load_unet_s": round(time.perf_counter() - started, 1),
+        "bare_unet": _bare_unet(unet, config, rows),
+        "relative_error": relative_errors(repository, unet, config),
+    }
+    del unet
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+    return measured
 
 
 def _bare_unet(unet: Engine, config: PipelineConfig, rows: list[int]) -> dict:

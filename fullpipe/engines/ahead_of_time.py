@@ -26,6 +26,8 @@ _ATTENTION = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# Both sides round; a fault is off by 1, or is no number.
+MAX_ERROR = 0.05
 OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,  # nor write short ones, such as biases, into kernels
@@ -43,7 +45,25 @@ def compile_package(module: nn.Module, inputs: Sequence[torch.Tensor], path: Pat
     """
     with torch.no_grad(), _fast_attention():
         exported = torch.export.export(module, tuple(inputs))
-        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=OPTIONS)
+        # It writes into the options that it is given.
+        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(OPTIONS))
+
+
+def check_package(path: Path, module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+    """Load a new package and compare it with the module in eager torch, on these inputs.
+
+    A compiler that links the C++ library statically, for one, makes packages whose loading ends
+    the process; so this is for a process that may end.
+
+    Raises:
+        SetupError: it computes something else.
+    """
+    package = Package(path, module, inputs[0].device)
+    with torch.inference_mode():
+        wanted = module(*inputs).double()
+        error = ((package(*inputs).double() - wanted).norm() / wanted.norm()).item()
+    if not error < MAX_ERROR:
+        raise SetupError(f"{path.name} differs from eager torch by {error:.2g} of its norm")
 
 
 class Package:

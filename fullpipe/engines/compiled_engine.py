@@ -10,11 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import multiprocessing
-import os
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +19,9 @@ from torch import nn
 
 from fullpipe.config import LoopSettings
 from fullpipe.engines import Engine, in_order
-from fullpipe.engines.ahead_of_time import Package, compile_package
-from fullpipe.engines.loading import first_line, torch_dtype
+from fullpipe.engines.ahead_of_time import Package, check_package, compile_package
+from fullpipe.engines.build_pool import build_apart
+from fullpipe.engines.loading import torch_dtype
 from fullpipe.engines.package_cache import PackageCache
 from fullpipe.engines.torch_engine import Fp32Ends, load_network
 from fullpipe.errors import SetupError
@@ -32,7 +29,6 @@ from fullpipe.errors import SetupError
 log = logging.getLogger(__name__)
 
 TOKENS = 77  # of one chunk, CLIP's context length
-CORES_PER_BUILD = 4  # Inductor compiles kernels on threads of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,31 +111,17 @@ def build(folder: Path, settings: LoopSettings, report: Callable[[str], None]) -
     missing = [s for s in signatures if not cache.take(dataclasses.asdict(s), folder / s.file)]
     if len(missing) < len(signatures):
         report(f"{len(signatures) - len(missing)} packages were compiled before")
-    if not missing:
-        return
-    workers = max(1, min(len(missing), (os.cpu_count() or 1) // CORES_PER_BUILD))
-    report(f"compiling {len(missing)} packages, {workers} at a time")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
-        jobs = {pool.submit(_build_one, folder, settings, s): s for s in missing}
-        for number, job in enumerate(as_completed(jobs), start=1):
-            signature = jobs[job]
-            try:
-                seconds = job.result()
-            except Exception as error:
-                pool.shutdown(cancel_futures=True)
-                what = f"{signature.file} could not be compiled: {first_line(error)}"
-                raise SetupError(what) from error
-            cache.keep(dataclasses.asdict(signature), folder / signature.file)
-            report(f"{number} of {len(missing)}: {signature.file}, {seconds:.0f} s")
+    jobs = {s.file: (_build_one, (folder, settings, s)) for s in missing}
+    shapes = {s.file: dataclasses.asdict(s) for s in missing}
+    for name in build_apart(jobs, report):
+        cache.keep(shapes[name], folder / name)
 
 
-def _build_one(folder: Path, settings: LoopSettings, signature: Signature) -> float:
-    started = time.monotonic()
+def _build_one(folder: Path, settings: LoopSettings, signature: Signature) -> None:
     network = _load_fused(folder, settings)
     inputs = _example(network, signature, torch.device(settings.device))
     compile_package(network, inputs, folder / signature.file)
-    return time.monotonic() - started
+    check_package(folder / signature.file, network, inputs)
 
 
 def _signatures(network: Fp32Ends, settings: LoopSettings) -> list[Signature]:

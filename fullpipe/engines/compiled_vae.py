@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from fullpipe.config import PipelineConfig
-from fullpipe.engines.ahead_of_time import Package, compile_package
-from fullpipe.engines.loading import first_line
+from fullpipe.engines.ahead_of_time import Package, check_package, compile_package
+from fullpipe.engines.build_pool import build_apart
 from fullpipe.engines.package_cache import PackageCache
 from fullpipe.errors import SetupError
 from fullpipe.stages import VaeDecoder
@@ -47,22 +47,25 @@ def build_decoder(
         SetupError: the weights are broken, or a compiler is missing or failed.
     """
     device = config.loop.devices[0]
+    cache = PackageCache(folder / "config.json", device, str(dtype))
+    channels = config.checkpoint.latent_channels
+    jobs, shapes = {}, {}
+    for size in _latent_sizes(config):
+        name = _file(*size)
+        shapes[name] = {"part": "decoder", "latents": [1, channels, *size]}
+        if cache.take(shapes[name], folder / name):
+            report(f"{name} was compiled before")
+        else:
+            jobs[name] = (_build_one, (folder, device, dtype, shapes[name]["latents"], name))
+    for name in build_apart(jobs, report):
+        cache.keep(shapes[name], folder / name)
+
+
+def _build_one(folder: Path, device: str, dtype: torch.dtype, shape: list[int], name: str) -> None:
     decoder = VaeDecoder(folder, device=device, dtype=dtype, is_packed=False).decoder
-    cache = PackageCache(folder / "config.json", device, str(decoder.dtype))
-    for height, width in _latent_sizes(config):
-        shapes = {"part": "decoder", "height": height, "width": width}
-        target = folder / _file(height, width)
-        if cache.take(shapes, target):
-            report(f"{target.name} was compiled before")
-            continue
-        report(f"compiling {target.name}")
-        latents = torch.randn(1, config.checkpoint.latent_channels, height, width, device=device)
-        try:
-            compile_package(decoder, [latents], target)
-        except Exception as error:
-            what = f"the VAE's decoder could not be compiled: {first_line(error)}"
-            raise SetupError(what) from error
-        cache.keep(shapes, target)
+    latents = torch.randn(shape, device=device)
+    compile_package(decoder, [latents], folder / name)
+    check_package(folder / name, decoder, [latents])
 
 
 def _latent_sizes(config: PipelineConfig) -> list[tuple[int, int]]:

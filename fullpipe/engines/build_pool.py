@@ -1,0 +1,55 @@
+"""Compiling in processes of their own, several at a time where there are cores for it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from fullpipe.engines.loading import first_line
+from fullpipe.errors import SetupError
+
+CORES_PER_BUILD = 4  # Inductor compiles kernels on threads of its own
+Job = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+def build_apart(jobs: Mapping[str, Job], report: Callable[[str], None]) -> Iterator[str]:
+    """Run functions of this package, each in a new process, and yield their names as they end.
+
+    Args:
+        jobs: by the name of the package that each makes: a function and its arguments.
+        report: gets a line at the start and as each package is done.
+    Raises:
+        SetupError: one of them failed, or ended its process.
+    """
+    if not jobs:
+        return
+    workers = max(1, min(len(jobs), (os.cpu_count() or 1) // CORES_PER_BUILD))
+    report(f"compiling {len(jobs)} packages, {workers} at a time")
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        names = {pool.submit(_timed, *job): name for name, job in jobs.items()}
+        for number, future in enumerate(as_completed(names), start=1):
+            name = names[future]
+            try:
+                seconds = future.result()
+            except BrokenProcessPool as error:
+                raise SetupError(
+                    f"{name}: the process that compiled and tried it ended; it needs memory, and a"
+                    " C++ compiler that links libstdc++ as a shared library (another compiler:"
+                    " CXX=/usr/bin/g++)"
+                ) from error
+            except Exception as error:
+                pool.shutdown(cancel_futures=True)
+                raise SetupError(f"{name} could not be compiled: {first_line(error)}") from error
+            report(f"{number} of {len(jobs)}: {name}, {seconds:.0f} s")
+            yield name
+
+
+def _timed(function: Callable[..., None], arguments: tuple[Any, ...]) -> float:
+    started = time.monotonic()
+    function(*arguments)
+    return time.monotonic() - started
