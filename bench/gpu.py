@@ -39,6 +39,9 @@ from fullpipe.engines.loading import load_unet
 from fullpipe.server import ServerConfig, TritonServer
 
 
+PHASES = ("networks", "loop", "rivals", "bls")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32, help="requests of a phase")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--keep", type=Path, help="build there, or take what is built there")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--build-only", action="store_true", help="end when all is built")
     rivals.add_options(parser)
     arguments = parser.parse_args()
@@ -76,7 +80,8 @@ def main() -> None:
             "bls": dataclasses.replace(loop, unet="bls", buckets=loop.buckets[:1]),
         }
         for where, settings in repositories.items():
-            result[where] = {"assemble_s": _assembled(checkpoint, folder / where, settings)}
+            if where in arguments.phases:
+                result[where] = {"assemble_s": _assembled(checkpoint, folder / where, settings)}
         if arguments.build_only:
             return
         phases: dict[str, Callable[[], dict]] = {
@@ -85,10 +90,10 @@ def main() -> None:
             "rivals": lambda: rivals.compare(checkpoint, arguments),
             "bls": lambda: _served(folder / "bls", arguments, is_whole=False),
         }
-        for name, phase in phases.items():
+        for name in arguments.phases:
             started = time.perf_counter()
             try:
-                measured = phase()
+                measured = phases[name]()
             except Exception as error:  # the other phases are worth their time all the same
                 traceback.print_exc()
                 measured = {"error": f"{type(error).__name__}: {error}"}
@@ -96,7 +101,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             print(f"{name}, {seconds:.0f} s:", json.dumps(result[name]), flush=True)
     one, together = (result["loop"].get(name) for name in ("one_at_a_time", "together"))
-    if one and "bare_unet" in result["networks"]:
+    if one and "bare_unet" in result.get("networks", {}):
         bare_ms = arguments.steps * result["networks"]["bare_unet"]["2"]["ms"]
         result["loop_over_bare_unet"] = round(one["stages_ms"]["loop"] / bare_ms, 3)
     if one and together:
