@@ -38,7 +38,6 @@ from fullpipe.engines import Engine
 from fullpipe.engines.loading import load_unet
 from fullpipe.server import ServerConfig, TritonServer
 
-
 PHASES = ("networks", "loop", "rivals", "bls")
 
 
