@@ -107,7 +107,7 @@ def main() -> None:
         result["together_over_one"] = round(
             together["images_per_second"] / one["images_per_second"], 3
         )
-    store(f"gpu_{arguments.family}" if not arguments.checkpoint else "gpu", result)
+    store(f"gpu_{arguments.family}" if not arguments.checkpoint else "gpu", result, "gpu")
 
 
 @contextlib.contextmanager

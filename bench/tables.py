@@ -173,7 +173,8 @@ def transports(result: dict) -> str:
 
 def gpu(result: dict) -> str:
     """One checkpoint on a GPU: served in both ways, the bare UNet, and the rivals that were run."""
-    if not {"loop", "bare_unet"} <= set(result):
+    networks = result.get("networks", {})
+    if "bare_unet" not in networks or "one_at_a_time" not in result.get("loop", {}):
         return plain(result)
     ways = {
         "one at a time": result["loop"].get("one_at_a_time"),
@@ -194,7 +195,7 @@ def gpu(result: dict) -> str:
         if way
     ]
     columns = ["", "images/s", "p50 ms", "p99 ms", "loop ms", "VAE ms", "UNet rows"]
-    bare = [[rows_, point["ms"]] for rows_, point in result["bare_unet"].items()]
+    bare = [[rows_, point["ms"]] for rows_, point in networks["bare_unet"].items()]
     starts = [
         [_words(where), result[where]["assemble_s"], result[where]["ready_s"]]
         for where in ("loop", "bls")
@@ -207,6 +208,7 @@ def gpu(result: dict) -> str:
         table(columns, rows),
         table(["UNet rows", "bare UNet ms"], bare),
         table(["UNet", "assembling s", "ready after s"], starts),
+        table(["relative error against fp32", ""], list(networks["relative_error"].items())),
     ]
     if result.get("rivals"):
         parts.append(_rivals(result["loop"]["one_at_a_time"], result["rivals"]))

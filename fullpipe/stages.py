@@ -15,6 +15,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
+from fullpipe.engines import full_fp32
 from fullpipe.engines.onednn import pack
 from fullpipe.errors import SetupError
 from fullpipe.text import PromptEncoder
@@ -139,6 +140,7 @@ def load_vae(
     Raises:
         SetupError: it is missing or broken.
     """
+    full_fp32(dtype)
     try:
         if dtype == torch.float16 and needs_range(folder):
             dtype = torch.bfloat16

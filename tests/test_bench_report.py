@@ -59,7 +59,7 @@ def gpu_sample(documents):
     result = {
         "request": "native size",
         "device": "Some GPU",
-        "bare_unet": {"2": {"ms": 17.0}},
+        "networks": {"bare_unet": {"2": {"ms": 17.0}}, "relative_error": {"unet": 0.002}},
         "loop": {**served, "one_at_a_time": way, "together": {**way, "concurrency": 16}},
         "bls": {**served, "one_at_a_time": way},
         "loop_over_bare_unet": 1.07,
@@ -71,7 +71,12 @@ def gpu_sample(documents):
 def test_a_gpu_result_has_tables_and_a_headline(gpu_sample):
     document = {"gpu_sd1": gpu_sample}
     page, lines = report.build(document, None), headlines.headlines(document)
-    assert "on Some GPU" in page and "| 2 | 17 |" in page and "16 at a time" in page
+    assert (
+        "on Some GPU" in page
+        and "| 2 | 17 |" in page
+        and "| unet | 0.002 |" in page
+        and "16 at a time" in page
+    )
     assert "Some GPU: native size" in lines and "1.90 × one at a time" in lines
     assert "the same, one picture" not in lines and "ours over it" not in page
 

@@ -12,6 +12,7 @@ import torch
 
 from fullpipe.engines import Engine
 from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
+from tests.conftest import DEVICE
 
 SMALL = {"width": 128, "height": 128}
 RED = "a red circle on a white background"
@@ -248,7 +249,7 @@ def test_latents_in_and_out(open_pipeline):
 
 def test_embeddings_instead_of_prompts(open_pipeline, demo_stages):
     pipeline = open_pipeline()
-    embeds = {n: t.numpy() for n, t in demo_stages.encode_text(RED, "", None).items()}
+    embeds = {n: t.cpu().numpy() for n, t in demo_stages.encode_text(RED, "", None).items()}
     given = pipeline.generate(seed=7, steps=3, **embeds, **SMALL)
     plain = pipeline.generate(prompt=RED, seed=7, steps=3, **SMALL)
     assert torch.equal(given.latents, plain.latents)
@@ -302,7 +303,11 @@ def test_progress_and_preview(open_pipeline):
         if event.get("step", 0) > since:
             since = event["step"]
             seen.append(event)
-    assert [event["step"] for event in seen] == list(range(1, 13))
+    steps = [event["step"] for event in seen]
+    if DEVICE == "cpu":
+        assert steps == list(range(1, 13))
+    else:  # a GPU may take several steps between two answers
+        assert steps == sorted(set(steps)) and set(steps) <= set(range(1, 13))
     assert all(event["steps"] == 12 for event in seen)
     assert all(event["preview"] for event in seen[1:])
     assert pipeline.generate(op="progress", job_id="gone", wait_ms=0)["state"] == "unknown"

@@ -57,8 +57,13 @@ def text_encoder(folder, config):
         embeddings_folder=embeddings if embeddings.is_dir() else None,
         **execute,
     )
+
+    def encode_to_cpu(*prompts):
+        # Triton's response cache takes nothing else, and what the loop copies is small.
+        return {name: tensor.cpu() for name, tensor in encoder.encode(*prompts).items()}
+
     encode = cached(
-        encoder.encode,
+        encode_to_cpu,
         folder,
         facts=(__version__, torch.__version__, config.device, config.engine, dtype),
         count=triton.counter(

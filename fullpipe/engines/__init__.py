@@ -14,6 +14,12 @@ def in_order(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     return [tensors[name] for name in UNET_INPUTS if name in tensors]
 
 
+def full_fp32(dtype: torch.dtype) -> None:
+    """Let fp32 mean fp32 in this process: cuDNN rounds to TF32 where nobody says otherwise."""
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False
+
+
 class Engine:
     """One network that can be executed; the base of every engine.
 

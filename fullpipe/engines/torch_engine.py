@@ -16,7 +16,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from fullpipe.engines import Engine, in_order
+from fullpipe.engines import Engine, full_fp32, in_order
 from fullpipe.engines.onednn import pack, share_twins
 from fullpipe.engines.twins import Share, deal
 from fullpipe.errors import SetupError
@@ -111,6 +111,7 @@ def load_network(folder: Path, *, device: str, dtype: torch.dtype) -> Fp32Ends:
     Raises:
         SetupError: the folder is missing or its files are broken.
     """
+    full_fp32(dtype)
     try:
         unet = UNet2DConditionModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True
