@@ -46,10 +46,7 @@ def relative_errors(repository: Path, unet: Engine, config: PipelineConfig) -> d
         latents = torch.randn(1, config.checkpoint.latent_channels, height, width)
         exact = VaeDecoder(folder, device=device, dtype=torch.float32)
         dtype = torch_dtype(config.loop.precision)
-        if config.loop.engine == "torch":
-            decoder = VaeDecoder(folder, device=device, dtype=dtype)
-        else:
-            decoder = load_vae_decoder(folder, config, device)  # type: ignore[assignment]
+        decoder = load_vae_decoder(folder, config, device)
         wanted = exact.decode(latents)
         _poison(device)
         errors["vae_decoder, in 8 bits"] = _error(decoder.decode(latents), wanted)

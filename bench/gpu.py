@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--engine", default="compiled")
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--buckets", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--vae", choices=("bls", "loop"), default="bls")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=7.0)
     parser.add_argument("--count", type=int, default=32, help="requests of a phase")
@@ -65,6 +66,7 @@ def main() -> None:
         precision=arguments.precision,
         buckets=arguments.buckets if arguments.engine != "torch" else [],
         max_rows=max(arguments.buckets),
+        vae=arguments.vae,
     )
     result: dict = {
         "request": f"native size, {arguments.steps} steps, euler, cfg {arguments.cfg:g}, raw",

@@ -114,6 +114,7 @@ def command_line(
         "precision": loop.precision,
         "sizes": ",".join(f"{width}x{height}" for width, height in loop.sizes),
         "unet": loop.unet,
+        "vae": loop.vae,
         "defaults": ",".join(f"{name}={value}" for name, value in defaults.items()),
         "max-size": str(limits.max_size_px),
         "max-batch": str(limits.max_batch_size),
@@ -174,6 +175,10 @@ def _check_engine(loop: LoopSettings) -> None:
             raise SetupError(
                 "unet=plan needs the full TensorRT of NVIDIA's container, where Triton reads its"
                 f" plans; found {found.name} {found.module.__version__}"
+            )
+        if loop.unet == "plan" and loop.vae == "loop":
+            raise SetupError(
+                "vae=loop with unet=plan, which makes the VAE a plan too; allowed: bls"
             )
     elif loop.unet == "plan":
         raise SetupError(f"unet=plan needs engine=tensorrt, got engine={loop.engine}")

@@ -35,6 +35,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="in the loop, a model, or a model of Triton's own TensorRT backend",
     )
     add(
+        "--vae",
+        choices=("bls", "loop"),
+        default=loop.vae,
+        help="its decoder: a model, or there too",
+    )
+    add(
         "--defaults",
         type=_defaults,
         default={},
@@ -60,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             sizes=args.sizes or [],
             unet=args.unet,
+            vae=args.vae,
             max_rows=args.max_rows,
         ),
         defaults=args.defaults,

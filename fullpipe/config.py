@@ -60,6 +60,8 @@ class LoopSettings:
         buckets: UNet batch rows that the engine is built for, ascending; empty for any number.
         unet: "loop" keeps the UNet in the loop's process, "bls" calls the Triton model `unet`,
             "plan" does so with UNet and VAE as models of Triton's own TensorRT backend.
+        vae: where latents become pixels: "bls" calls the Triton model `vae_decoder`, "loop" does it
+            in the loop's process, on a thread and a CUDA stream beside the loop's.
         max_rows: UNet batch rows of one tick at the native size; larger sizes get fewer.
         slots: images in flight; more of them share the rows of a tick in turn.
         torch_threads: intra-op threads of the loop's process, 0 = torch's own choice.
@@ -71,6 +73,7 @@ class LoopSettings:
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
     buckets: list[int] = dataclasses.field(default_factory=list)
     unet: str = "loop"
+    vae: str = "bls"
     max_rows: int = 16
     slots: int = 32
     torch_threads: int = 0

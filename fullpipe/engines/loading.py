@@ -66,8 +66,13 @@ def load_unet(folder: Path, config: PipelineConfig, device: str) -> Engine:
 def load_vae_decoder(
     folder: Path, config: PipelineConfig, device: str
 ) -> NetworkVaeDecoder | VaeDecoder:
-    """The VAE decoder that `build_stages` left in `folder`; raises as `load_unet` does."""
+    """The VAE decoder of a diffusers `vae` folder and what `build_stages` left there.
+
+    Raises as `load_unet` does.
+    """
     with naming_memory(folder, device):
+        if config.loop.engine == "torch":
+            return VaeDecoder(folder, device=device, dtype=torch_dtype(config.loop.precision))
         _check(folder, config)
         if config.loop.engine == "compiled":
             from fullpipe.engines.compiled_vae import CompiledVaeDecoder

@@ -17,7 +17,7 @@ from fullpipe import triton_adapter as triton
 from fullpipe.cache_results import results_from_environment
 from fullpipe.config import PipelineConfig
 from fullpipe.engines import Engine
-from fullpipe.engines.loading import load_unet
+from fullpipe.engines.loading import load_unet, load_vae_decoder
 from fullpipe.errors import SetupError
 from fullpipe.pipeline import Pipeline
 from fullpipe.traces import LoopTraces
@@ -43,11 +43,15 @@ class TritonPythonModel:
                 torch.set_num_threads(config.loop.torch_threads)
             make_unet = load_unet if config.loop.unet == "loop" else BlsUNet
             unets = [make_unet(folder / "unet", config, name) for name in config.loop.devices]
+            if config.loop.vae == "loop":
+                stages = OwnDecoder(config, folder.parents[1])
+            else:
+                stages = BlsStages(config)
         except SetupError as error:
             raise triton.abort_loading(error) from error
         self._metrics = triton.TritonMetrics(config.name)
         self._traces = LoopTraces.from_environment(config.name)
-        self._pipeline = Pipeline(config, unets, BlsStages(config), self._metrics, end_process)
+        self._pipeline = Pipeline(config, unets, stages, self._metrics, end_process)
         self._results = results_from_environment(
             self._pipeline.call, repr((config, __version__)), self._metrics.result_cache
         )
@@ -139,3 +143,24 @@ class BlsStages:
         """See `fullpipe.pipeline.Stages`."""
         outputs = triton.call_model(self._models.vae_decoder, {"latents": latents}, ["images"])
         return outputs["images"].as_numpy()
+
+
+class OwnDecoder(BlsStages):
+    """The VAE's decoder in this process too; the other stages as Triton models.
+
+    Two processes get a GPU in turns; two streams of one process get it together.
+    """
+
+    def __init__(self, config, repository):
+        super().__init__(config)
+        vae = repository / config.models.vae_decoder / "1" / "vae"
+        device = config.loop.devices[0]
+        self._decoder = load_vae_decoder(vae, config, device)
+        # A compiled package runs for one thread at a time.
+        self._turn = threading.Lock()
+        self._stream = torch.cuda.Stream(device) if device.startswith("cuda") else None
+
+    def decode_latents(self, latents):
+        """See `fullpipe.pipeline.Stages`."""
+        with self._turn, torch.cuda.stream(self._stream):
+            return self._decoder.decode(latents).numpy()

@@ -1,6 +1,12 @@
-"""A pipeline of ONNX engines on a real Triton Inference Server, with a broken one beside it."""
+"""A pipeline of ONNX engines on a real Triton Inference Server, with others beside it.
+
+One of them has lost the end of its UNet, one decodes in the loop's process.
+"""
 
 from __future__ import annotations
+
+import json
+import urllib.request
 
 import numpy as np
 import pytest
@@ -20,12 +26,13 @@ SMALL = {"steps": 4, "cfg": 3.0, "seed": 7, "width": 128, "height": 128}
 
 @pytest.fixture(scope="module")
 def served(checkpoint, tmp_path_factory):
-    """Two pipelines, of which `cut` has lost the end of its UNet; and the server's log."""
+    """Three pipelines, of which `cut` has lost the end of its UNet; and the server's log."""
     repository = tmp_path_factory.mktemp("engines") / "repository"
     onnx = LoopSettings(engine="onnx")
     sizes = Limits(max_size_px=256)
     assemble(checkpoint, repository, Choices(loop=onnx, limits=sizes))
     assemble(checkpoint, repository, Choices(name="cut", loop=onnx))
+    assemble(checkpoint, repository, Choices(name="near", loop=LoopSettings(vae="loop")))
     weights = repository / "cut_scheduler_model" / "1" / "unet" / "unet.onnx.data"
     weights.write_bytes(weights.read_bytes()[:-5000])
     lines: list[str] = []
@@ -60,10 +67,21 @@ def test_onnx_from_a_start_image(client, config, demo_unet, demo_stages):
     assert (difference > 0).mean() < 0.01
 
 
+def test_a_decoder_in_the_loop_gives_the_same_pixels(served, config, demo_unet, demo_stages):
+    near = Client(served[0].url, pipeline="near", timeout_s=60)
+    with LocalPipeline(config, [demo_unet], demo_stages) as pipeline:
+        own = pipeline.generate(prompt=RED, batch_size=2, **SMALL)
+    assert np.array_equal(near.generate(RED, batch_size=2, **SMALL).pixels, own.images)
+    url = f"{served[0].url}/v2/models/near_vae_decoder/stats"
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        (statistics,) = json.load(answer)["model_stats"]
+    assert statistics["inference_count"] == 0, "the model was called all the same"
+
+
 def test_a_broken_pipeline_is_named_and_the_other_one_serves_on(served, client):
     server, lines = served
     ready = {pipeline.name: pipeline.ready for pipeline in client.pipelines()}
-    assert ready == {"full_pipeline": True}
+    assert ready == {"full_pipeline": True, "near": True}
     (told,) = [line for line in lines if line.startswith("error: model 'cut_scheduler_model'")]
     assert "unet.onnx.data has " in told and " bytes, needed " in told
     assert "; rebuild it with: fullpipe assemble " in told and "--engine onnx" in told
