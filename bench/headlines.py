@@ -34,7 +34,7 @@ def headlines(documents: dict[str, dict]) -> str:
         if name.startswith("gpu") and "together_over_one" in document["result"]:
             rows += [
                 [what, figure, f"`{document['command']}`"]
-                for what, figure in _gpu(document["result"])
+                for what, figure in _gpu(name, document["result"])
             ]
         told = document["result"].get("headline")
         if told:
@@ -120,11 +120,19 @@ def _diffusers(result: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _gpu(result: dict) -> list[tuple[str, str]]:
+_GPU_WORDS = {
+    "gpu_sd1": "SD1.5's architecture",
+    "gpu_sdxl": "SDXL's architecture",
+    "gpu": "a checkpoint",
+}
+
+
+def _gpu(name: str, result: dict) -> list[tuple[str, str]]:
     one, together = result["loop"]["one_at_a_time"], result["loop"]["together"]
     lines = [
         (
-            f"{result['device']}: {result['request']}, {together['concurrency']} at a time",
+            f"{_GPU_WORDS[name]} on one {result['device']}:"
+            f" {result['request']}, {together['concurrency']} at a time",
             f"{together['images_per_second']:.2f} pictures a second,"
             f" {result['together_over_one']:.2f} × one at a time, which take"
             f" {one['p50_ms']:.0f} ms each; the loop takes {result['loop_over_bare_unet']:.2f} ×"

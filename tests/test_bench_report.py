@@ -77,7 +77,10 @@ def test_a_gpu_result_has_tables_and_a_headline(gpu_sample):
         and "| unet | 0.002 |" in page
         and "16 at a time" in page
     )
-    assert "Some GPU: native size" in lines and "1.90 × one at a time" in lines
+    assert (
+        "SD1.5's architecture on one Some GPU: native size" in lines
+        and "1.90 × one at a time" in lines
+    )
     assert "the same, one picture" not in lines and "ours over it" not in page
 
 
