@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from fullpipe.engines import onednn_blocks
 from fullpipe.engines.onednn import pack, share_twins
-from fullpipe.engines.onednn_blocks import PackedResnet, PackedTransformer, PackedUpsample
+from fullpipe.engines.onednn_blocks import (
+    PackedAttention,
+    PackedResnet,
+    PackedTransformer,
+    PackedUpsample,
+)
 from fullpipe.engines.onednn_layers import PackedConv2d, PackedLinear
 from fullpipe.engines.torch_engine import TorchUNet
 from fullpipe.engines.twins import deal
@@ -50,7 +57,8 @@ def test_a_packed_unet_predicts_what_the_plain_one_does(checkpoint):
 def test_a_packed_vae_computes_what_the_plain_one_does(checkpoint):
     plain = load_vae(checkpoint / "vae", "cpu", torch.float32, is_packed=False)
     packed = load_vae(checkpoint / "vae", "cpu", torch.float32)
-    assert not {nn.Conv2d, ResnetBlock2D} & {type(layer) for layer in packed.modules()}
+    left = {type(layer) for layer in packed.modules()}
+    assert not {nn.Conv2d, nn.Linear, ResnetBlock2D, Attention} & left
     latents = rows(1, (9, 12))[0]
     pixels = plain.decode(latents).sample
     torch.testing.assert_close(packed.decode(latents).sample, pixels, atol=1e-5, rtol=0)
@@ -58,13 +66,35 @@ def test_a_packed_vae_computes_what_the_plain_one_does(checkpoint):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [10, 96])  # with packed weights, and with plain ones
 @pytest.mark.parametrize("size", [None, (10, 14), (9, 13)])
 @torch.inference_mode()
-def test_an_upsampling_and_its_convolution_are_one(size):
-    plain = Upsample2D(6, use_conv=True, out_channels=10)
-    x = torch.randn(2, 6, 5, 7)
+def test_an_upsampling_and_its_convolution_are_one(size, channels):
+    plain = Upsample2D(6, use_conv=True, out_channels=channels)
+    x = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last)
     got = PackedUpsample(plain)(x, size)
     torch.testing.assert_close(got, plain(x, size), atol=1e-5, rtol=0)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def test_a_vaes_attention_in_strips(monkeypatch):
+    plain = Attention(
+        16,
+        heads=1,
+        dim_head=16,
+        norm_num_groups=4,
+        residual_connection=True,
+        bias=True,
+        _from_deprecated_attn_block=True,
+    )
+    x = torch.randn(2, 16, 5, 7)
+    before = x.clone()
+    for strip in (1024, 8):
+        monkeypatch.setattr(onednn_blocks, "ATTENTION_STRIP", strip)
+        got = PackedAttention(plain)(x)
+        torch.testing.assert_close(got, plain(x), atol=1e-6, rtol=1e-6)
+        assert torch.equal(x, before)
 
 
 @torch.inference_mode()
@@ -83,8 +113,9 @@ def test_blocks_of_another_make_stay_as_they_are():
     shifted = ResnetBlock2D(in_channels=8, groups=8, time_embedding_norm="scale_shift")
     resampled = ResnetBlock2D(in_channels=8, groups=8, up=True)
     transposed = Upsample2D(8, use_conv_transpose=True)
-    packed = pack(nn.ModuleList([scaled, shifted, resampled, transposed]))
-    assert [type(part) for part in packed] == [ResnetBlock2D] * 3 + [Upsample2D]
+    headed = Attention(8, heads=2, dim_head=4, norm_num_groups=4, residual_connection=True)
+    packed = pack(nn.ModuleList([scaled, shifted, resampled, transposed, headed]))
+    assert [type(part) for part in packed] == [ResnetBlock2D] * 3 + [Upsample2D, Attention]
 
 
 @torch.inference_mode()

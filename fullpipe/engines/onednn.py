@@ -16,6 +16,7 @@ from torch import nn
 
 from fullpipe.engines.memory import keep_freed_memory
 from fullpipe.engines.onednn_blocks import (
+    PackedAttention,
     PackedResnet,
     PackedTransformer,
     PackedUpsample,
@@ -66,7 +67,7 @@ def share_twins(unet: Any) -> bool:
 
 def _pack_children(parent: nn.Module) -> None:
     for name, child in list(parent.named_children()):
-        for packed in (PackedResnet, PackedUpsample, PackedTransformer):
+        for packed in (PackedResnet, PackedUpsample, PackedTransformer, PackedAttention):
             if packed.takes(child):
                 setattr(parent, name, packed(child))
                 break

@@ -10,14 +10,23 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional
 
-from fullpipe.engines.onednn_layers import PackedConv2d, PackedLinear
+from fullpipe.engines.onednn_layers import (
+    PackedConv2d,
+    PackedDoubling,
+    PackedLinear,
+    matmul_transposed,
+)
 from fullpipe.engines.twins import spread
+
+# Pixels whose attention to all others a VAE computes at a time: 64 MB at 128x128 latent pixels.
+ATTENTION_STRIP = 1024
 
 
 class PackedResnet(nn.Module):
@@ -50,31 +59,28 @@ class PackedResnet(nn.Module):
         h = self._conv1(functional.silu(self._norm1(x), inplace=True))
         if self._time is not None and temb is not None:
             h.add_(spread(self._time(functional.silu(temb)), len(h))[:, :, None, None])
-        h = self._conv2(functional.silu(self._norm2(h), inplace=True))
-        return h.add_(x if self._shortcut is None else self._shortcut(x))
+        h = functional.silu(self._norm2(h), inplace=True)
+        if self._shortcut is None:
+            return self._conv2(h).add_(x)
+        return self._conv2.add_to(self._shortcut(x), h)
 
 
 class PackedUpsample(nn.Module):
     """`Upsample2D`, where a 3x3 convolution follows the doubling of every pixel.
 
     Under its window are two by two pixels of the small picture, by weights that depend on whether
-    the row and the column are even or odd: four convolutions of 2x2 of the small picture, in one.
+    the row and the column are even or odd. That is a transposed convolution of the small picture.
     """
 
     def __init__(self, layer: Any):
         super().__init__()
         conv = layer.conv
         self._plain = PackedConv2d.of(conv)
-        # [of two rows, of two taps, of three taps]: the first row of a pair has its upper
-        # neighbour in the pixel above, the second row its lower neighbour in the pixel below.
-        halves = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-        weight = conv.weight.detach().double()
-        taps = torch.einsum("yai,xbj,ocij->yxocab", halves.to(weight), halves.to(weight), weight)
-        self._quarters = PackedConv2d(
-            taps.float().reshape(-1, conv.in_channels, 2, 2),
-            None if conv.bias is None else conv.bias.detach().repeat(4),
-            padding=(1, 1),
-        )
+        # [of four taps, of three]: a pixel reaches the rows -1 to 2 from its own first one, each by
+        # the taps of the window around that row which see one of the pixel's two rows.
+        seen = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.double)
+        weight = torch.einsum("ai,bj,ocij->coab", seen, seen, conv.weight.detach().double())
+        self._doubling = PackedDoubling(weight.float(), conv.bias)
 
     @staticmethod
     def takes(layer: Any) -> bool:
@@ -93,15 +99,52 @@ class PackedUpsample(nn.Module):
 
     def forward(self, x: torch.Tensor, output_size: Any = None) -> torch.Tensor:
         """[B, in, h, w] to [B, out, 2 h, 2 w], or to an odd `output_size`."""
-        batch, _, height, width = x.shape
+        height, width = x.shape[2:]
         if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
             return self._plain(functional.interpolate(x, size=output_size, mode="nearest"))
-        quarters = self._quarters(x).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
-        out = x.new_empty(batch, height, 2, width, 2, quarters.shape[-1])
-        for y in (0, 1):
-            for z in (0, 1):
-                out[:, :, y, :, z] = quarters[:, y : y + height, z : z + width, y, z]
-        return out.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+        return self._doubling(x)
+
+
+class PackedAttention(nn.Module):
+    """`Attention` of a VAE: one head, every pixel to every pixel of the same picture."""
+
+    def __init__(self, attention: Any):
+        super().__init__()
+        self._norm, self._scale = attention.group_norm, attention.scale
+        self._inner = PackedLinear(*_joined(attention.to_q, attention.to_k, attention.to_v))
+        self._out = PackedLinear.of(attention.to_out[0])
+
+    @staticmethod
+    def takes(attention: Any) -> bool:
+        """Whether it is the usual one."""
+        return (
+            type(attention) is Attention
+            and type(attention.processor) is AttnProcessor2_0
+            and attention.heads == 1
+            and attention.group_norm is not None
+            and attention.residual_connection
+            and attention.spatial_norm is attention.norm_q is attention.norm_k is None
+            and attention.added_kv_proj_dim is None
+            and not attention.is_cross_attention
+            and attention.rescale_output_factor == 1.0
+        )
+
+    def forward(self, x: torch.Tensor, temb: None = None) -> torch.Tensor:
+        """[B, C, h, w] to the same shape."""
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        inner = self._inner(self._norm(x).permute(0, 2, 3, 1).flatten(1, 2))
+        attended = torch.stack([self._attend(*one.chunk(3, dim=-1)) for one in inner])
+        out = self._out.plus(attended, pixels)
+        return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[pixels, C] three times to the same shape; by strips, for the sake of memory."""
+        key, value = key * self._scale, value.t().contiguous()
+        strips = [
+            matmul_transposed(matmul_transposed(strip.contiguous(), key).softmax(-1), value)
+            for strip in query.split(ATTENTION_STRIP)
+        ]
+        return torch.cat(strips)
 
 
 class PackedTransformer(nn.Module):

@@ -35,6 +35,14 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, "mul")
 
 
+def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[m, k] and [n, k] to a b^T [m, n], by the kernels of the packed layers.
+
+    Only for large matrices: `b` is brought into their layout in every call.
+    """
+    return torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
+
+
 class PackedConv2d(nn.Module):
     """`nn.Conv2d` with its weight in oneDNN's own layout."""
 
@@ -72,4 +80,34 @@ class PackedConv2d(nn.Module):
         """[B, in, h, w] to [B, out, h', w'], new storage."""
         return torch.ops.mkldnn._convolution_pointwise.default(
             x, self._weight, self._bias, *self._geometry, "none", [], ""
+        )
+
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add the layer's output to `total` [B, out, h', w'], in place, and return it."""
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            total, x, self._weight, self._bias, *self._geometry, "add", 1.0, None, [], None
+        )
+
+
+class PackedDoubling(nn.Module):
+    """A transposed convolution of 4x4, stride 2, padding 1: twice the height and the width."""
+
+    _GEOMETRY = ([1, 1], [0, 0], [2, 2], [1, 1], 1)
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        """Pack `weight` [in, out, 4, 4] and `bias` [out], both fp32."""
+        super().__init__()
+        self._weight = weight.detach().contiguous()
+        # By 48 channels oneDNN has a layout for small pictures and another for large ones, and
+        # from one to the other takes it longer than the layer; from the plain one, hardly anything.
+        if weight.shape[1] % 48:
+            self._weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+                self._weight, *self._GEOMETRY
+            )
+        self._bias = None if bias is None else bias.detach().contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, in, h, w] to [B, out, 2 h, 2 w], new storage."""
+        return torch.ops.mkldnn._convolution_transpose_pointwise(
+            x, self._weight, self._bias, *self._GEOMETRY, "none", [], ""
         )
