@@ -19,7 +19,7 @@ from fullpipe.client import Client
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=24, help="requests of a phase")
+    parser.add_argument("--count", type=int, default=64, help="requests of a phase")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 128], help="pixels")
     parser.add_argument("--steps", type=int, default=20)
