@@ -131,6 +131,23 @@ def test_grpc_and_http_of_tritonclient_agree(triton):
     assert np.array_equal(*results)
 
 
+def test_only_what_is_asked_for_comes_back(triton):
+    """The loop's model makes four outputs; the stub may not have to drop any (Python 3.12)."""
+    prompt = tritonclient.http.InferInput("prompt", [1], "BYTES")
+    prompt.set_data_from_numpy(np.array([b"a red circle"], dtype=object))
+    size = [
+        tritonclient.http.InferInput(name, [1], "INT32") for name in ("steps", "width", "height")
+    ]
+    for tensor, value in zip(size, (2, 128, 128), strict=True):
+        tensor.set_data_from_numpy(np.array([value], np.int32))
+    wanted = [tritonclient.http.InferRequestedOutput("info")]
+    with tritonclient.http.InferenceServerClient(triton.url.removeprefix("http://")) as connection:
+        for _ in range(3):
+            answer = connection.infer("scheduler_model", [prompt, *size], outputs=wanted)
+            assert [output["name"] for output in answer.get_response()["outputs"]] == ["info"]
+            assert json.loads(answer.as_numpy("info")[0])["steps"] == 2
+
+
 def test_batch_negative_prompt_and_random_seed(client):
     first = client.generate(RED, batch_size=3, negative_prompt="blue", **SMALL)
     second = client.generate(RED, batch_size=3, negative_prompt="blue", **SMALL)
