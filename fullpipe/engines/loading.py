@@ -169,15 +169,27 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming_memory(folder: Path, device: str) -> Iterator[None]:
-    """Turn what torch raises when memory runs out into a line that says so."""
+    """Turn what is raised when memory runs out into a line that says so.
+
+    diffusers takes it for a broken file and raises that, with the cause behind it.
+    """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_memory and "can't allocate memory" not in str(error):
+    except Exception as error:
+        if not _is_of_memory(error):
             raise
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         raise SetupError(
             f"{folder} does not fit into the memory of {device}: its weights alone are"
             f" {weights / 2**30:.1f} GiB; free memory, or assemble with --precision fp16"
         ) from error
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
