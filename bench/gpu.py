@@ -101,7 +101,8 @@ def main() -> None:
             result[name] = result.get(name, {}) | measured
             seconds = time.perf_counter() - started
             print(f"{name}, {seconds:.0f} s:", json.dumps(result[name]), flush=True)
-    one, together = (result["loop"].get(name) for name in ("one_at_a_time", "together"))
+    served = result.get("loop", {})
+    one, together = served.get("one_at_a_time"), served.get("together")
     if one and "bare_unet" in result.get("networks", {}):
         bare_ms = arguments.steps * result["networks"]["bare_unet"]["2"]["ms"]
         result["loop_over_bare_unet"] = round(one["stages_ms"]["loop"] / bare_ms, 3)

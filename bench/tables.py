@@ -173,9 +173,9 @@ def transports(result: dict) -> str:
 
 def gpu(result: dict) -> str:
     """One checkpoint on a GPU: served in both ways, the bare UNet, and the rivals that were run."""
-    networks = result.get("networks", {})
-    if "bare_unet" not in networks or "one_at_a_time" not in result.get("loop", {}):
+    if not {"together_over_one", "loop_over_bare_unet"} <= set(result):
         return plain(result)
+    networks = result["networks"]
     ways = {
         "one at a time": result["loop"].get("one_at_a_time"),
         "together": result["loop"].get("together"),
