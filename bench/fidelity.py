@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fullpipe.config import PipelineConfig
+from fullpipe.config import PipelineConfig, StageConfig
 from fullpipe.engines import UNET_INPUTS, Engine
 from fullpipe.engines.loading import load_vae_decoder, torch_dtype
 from fullpipe.engines.torch_engine import TorchUNet
@@ -45,7 +45,6 @@ def relative_errors(repository: Path, unet: Engine, config: PipelineConfig) -> d
         folder = repository / models.vae_decoder / "1" / "vae"
         latents = torch.randn(1, config.checkpoint.latent_channels, height, width)
         exact = VaeDecoder(folder, device=device, dtype=torch.float32)
-        dtype = torch_dtype(config.loop.precision)
         decoder = load_vae_decoder(folder, config, device)
         wanted = exact.decode(latents)
         _poison(device)
@@ -53,9 +52,12 @@ def relative_errors(repository: Path, unet: Engine, config: PipelineConfig) -> d
         del exact, decoder
 
         folder = repository / models.text_encoder / "1"
+        served = torch_dtype(StageConfig.load(folder / "stage.json").precision)
         coders = [
-            PromptEncoder.from_folder(folder, device=device, dtype=precision)
-            for precision in (dtype, torch.float32)
+            PromptEncoder.from_folder(folder, device=device, dtype=served),
+            PromptEncoder.from_folder(
+                folder, device=device, dtype=torch.float32, execute=lambda _, model: model
+            ),
         ]
         got, wanted = (coder.encode(*PROMPTS, None) for coder in coders)
         for name in got:

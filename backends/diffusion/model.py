@@ -43,20 +43,25 @@ def text_encoder(folder, config):
     from fullpipe.cache_embeddings import cached
     from fullpipe.text import PromptEncoder
 
-    execute = {}
+    execute = None
     if config.engine != "torch":
         from fullpipe.engines.loading import load_clip
 
         pipeline = pipeline_config(folder)
-        execute = {"execute": lambda part, model: load_clip(part, model, pipeline, config.device)}
+
+        def execute(part, model):
+            return load_clip(part, model, pipeline, config.device)
+
     embeddings = folder / "embeddings"
     encoder = PromptEncoder.from_folder(
         folder,
         device=config.device,
         dtype=dtype,
         embeddings_folder=embeddings if embeddings.is_dir() else None,
-        **execute,
+        execute=execute,
     )
+    if config.device.startswith("cuda"):
+        encoder.encode("", "")  # records the graphs of a pair of short prompts
 
     def encode_to_cpu(*prompts):
         # Triton's response cache takes nothing else, and what the loop copies is small.

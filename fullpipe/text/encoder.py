@@ -12,6 +12,7 @@ import torch
 
 from fullpipe.errors import InvalidRequest, SetupError
 from fullpipe.text.clip import ClipTextModel, load_clip
+from fullpipe.text.clip_graphs import GraphedClip
 from fullpipe.text.conditioning import ChunkEncoder
 from fullpipe.text.embeddings import EmbeddingsFolder
 from fullpipe.text.prompt import Piece, check_text, split_prompt
@@ -49,7 +50,7 @@ class PromptEncoder:
         embeddings_folder: Path | None = None,
         max_tokens: int = 15_000,
         weights_dtype: torch.dtype | None = torch.float16,
-        execute: Callable[[Path, ClipTextModel], Any] = lambda folder, model: model,
+        execute: Callable[[Path, ClipTextModel], Any] | None = None,
     ) -> PromptEncoder:
         """Load the text part of a diffusers checkpoint: SD1, SD2, or SDXL with a text_encoder_2.
 
@@ -67,7 +68,8 @@ class PromptEncoder:
             weights_dtype: the precision that weights are cut to before they are converted to
                 `dtype`. ComfyUI keeps text encoders in fp16 on every device and computes in fp32,
                 so the default gives its results for fp32 and bf16 checkpoints too. None: as stored.
-            execute: gets each encoder's folder and model, and returns what stands in for the model.
+            execute: gets each encoder's folder and model, and returns what stands in for the model;
+                without it torch runs the model, on a GPU as CUDA graphs.
         Raises:
             SetupError: a file is missing or broken; the message names it and the remedy.
         """
@@ -78,14 +80,17 @@ class PromptEncoder:
         is_sdxl = (folder / "text_encoder_2").is_dir()
 
         def load(name: str, *, key: str, pad: int, has_pooled: bool) -> ChunkEncoder:
-            model = load_clip(
+            model: Any = load_clip(
                 folder / name,
                 has_projection=is_sdxl and has_pooled,
                 device=device,
                 dtype=dtype,
                 weights_dtype=weights_dtype,
             )
-            model = execute(folder / name, model)
+            if execute is not None:
+                model = execute(folder / name, model)
+            elif torch.device(device).type == "cuda":
+                model = GraphedClip(model)
             if tokenizer.size > model.config.vocab_size:
                 raise SetupError(
                     f"{folder / 'tokenizer'} has {tokenizer.size} tokens, {name} beside it "

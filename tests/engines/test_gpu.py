@@ -17,6 +17,7 @@ from fullpipe.config import LoopSettings
 from fullpipe.engines.loading import load_unet
 from fullpipe.local import LocalPipeline
 from fullpipe.stages import LocalStages
+from fullpipe.text import PromptEncoder
 from tests.engines.reduced import build
 
 pytestmark = [
@@ -50,6 +51,19 @@ def test_compiled_networks_are_close_to_fp32(checkpoint, tmp_path, precision):
     for name, error in errors.items():
         assert math.isfinite(error), name
         assert error < (1e-2 if precision == "fp16" else 3e-2), f"{name}: {error}"
+
+
+def test_graphs_of_text_give_what_eager_torch_gives(checkpoint):
+    graphed, eager = (
+        PromptEncoder.from_folder(checkpoint, device="cuda", **options)
+        for options in ({}, {"execute": lambda _, model: model})
+    )
+    long = "a red circle, " * 60
+    for prompts in (("a", ""), ("a (red:1.3) circle", "b"), ("a", ""), (long, "a"), (long, long)):
+        for clip_skip in (None, -1, -2):
+            got, wanted = (coder.encode(*prompts, clip_skip) for coder in (graphed, eager))
+            for name in wanted:
+                torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_ticks_give_the_same_picture_in_company(checkpoint, tmp_path):
