@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from fullpipe.errors import InvalidRequest, SetupError
 from fullpipe.text import PromptEncoder, repeat_to_same_length
+from fullpipe.text.clip import split_linear
 
 START, END, CAT, DOG = 49406, 49407, 2368, 1929
 
@@ -105,6 +106,18 @@ def test_weights_scale_the_distance_from_the_empty_prompt(encoder):
     assert torch.equal(got[:, 3:], plain[:, 3:])
     expected = (plain[:, 2] - empty[:, 2]) * 1.5 + empty[:, 2]
     torch.testing.assert_close(got[:, 2], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 500.0])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_split_linear_layers_are_as_exact_as_fp32(scale, has_bias):
+    torch.manual_seed(0)
+    x, weight = scale * torch.randn(2, 77, 320), (0.05 * torch.randn(64, 320)).half()
+    bias = torch.randn(64) if has_bias else None
+    linear = torch.nn.functional.linear
+    exact = linear(x.double(), weight.double(), bias if bias is None else bias.double())
+    in_fp32 = (linear(x, weight.float(), bias) - exact).norm()
+    assert (split_linear(x, weight, bias) - exact).norm() < 2 * in_fp32
 
 
 def test_pooled_is_the_first_chunks_and_ignores_weights(encoder):

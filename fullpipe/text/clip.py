@@ -83,10 +83,50 @@ class _Linear(nn.Linear):
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype == torch.float16 and x.dtype == torch.float32:
+            return split_linear(x, self.weight, self.bias)
+        return super().forward(x)
+
 
 class _Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         pass
+
+
+# Keeps the lower halves of small inputs out of fp16's subnormals; inputs may reach 4094.
+_SPLIT_SCALE = 16.0
+
+
+def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A linear layer as exact as in fp32, for weights that fp16 holds exactly.
+
+    The input is the sum of two fp16 numbers, 22 bits together, so that the layer is two products
+    in fp16, accumulated in fp32, which tensor cores run many times faster than one in fp32.
+
+    Args:
+        x: [..., C] fp32, of absolute value below 4094.
+        weight: [D, C] fp16.
+        bias: [D] fp32 or None.
+    Returns:
+        [..., D] fp32.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    count = len(flat)
+    halves = torch.empty(2 * count, flat.shape[1], dtype=torch.float16, device=x.device)
+    high, negative_low = halves[:count], halves[count:]
+    torch.mul(flat, _SPLIT_SCALE, out=high)
+    torch.sub(high, flat, alpha=_SPLIT_SCALE, out=negative_low)
+    if x.device.type == "cuda":
+        products = torch.mm(halves, weight.T, out_dtype=torch.float32)
+    else:
+        products = halves.float() @ weight.T.float()
+    out = torch.sub(products[:count], products[count:])
+    if bias is None:
+        out = out.mul_(1 / _SPLIT_SCALE)
+    else:
+        out = torch.add(bias, out, alpha=1 / _SPLIT_SCALE)
+    return out.unflatten(0, x.shape[:-1])
 
 
 class _Attention(nn.Module):
@@ -217,6 +257,12 @@ def load_clip(
     with torch.device("meta"):
         model = ClipTextModel(config)
     wanted = model.state_dict()
+    is_split = (
+        torch.device(device).type == "cuda"
+        and dtype == torch.float32
+        and weights_dtype == torch.float16
+    )
+    linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, _Linear)}
     found: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
         for key, tensor in _read_weights(path).items():
@@ -227,7 +273,8 @@ def load_clip(
                         f"{path}: {key} has shape {list(tensor.shape)}, config.json beside it "
                         f"says {list(wanted[name].shape)}: copy both from one checkpoint"
                     )
-                found[name] = tensor.to(weights_dtype or tensor.dtype).to(device, dtype)
+                kept = torch.float16 if is_split and name in linear else dtype
+                found[name] = tensor.to(weights_dtype or tensor.dtype).to(device, kept)
             elif name.startswith("encoder.layers."):
                 raise SetupError(
                     f"{path} has {key}, beyond num_hidden_layers={config.num_hidden_layers} of "

@@ -49,6 +49,8 @@ class TritonPythonModel:
                 stages = BlsStages(config)
         except SetupError as error:
             raise triton.abort_loading(error) from error
+        devices = (torch.device(name).type for name in config.loop.devices)
+        self._calls_gpu_models = config.loop.unet != "loop" and "cuda" in devices
         self._metrics = triton.TritonMetrics(config.name)
         self._traces = LoopTraces.from_environment(config.name)
         self._pipeline = Pipeline(config, unets, stages, self._metrics, end_process)
@@ -73,6 +75,10 @@ class TritonPythonModel:
         self._metrics.close()
         if self._traces:
             self._traces.close()
+        if self._calls_gpu_models:
+            # Triton 2.51 does not end a process that has exchanged GPU tensors with other models:
+            # it waits for a thread of its own that waits for the server.
+            os._exit(0)
 
     def _take(self, sender, inputs, context):
         def reply(outcome):

@@ -53,17 +53,16 @@ def test_compiled_networks_are_close_to_fp32(checkpoint, tmp_path, precision):
         assert error < (1e-2 if precision == "fp16" else 3e-2), f"{name}: {error}"
 
 
-def test_graphs_of_text_give_what_eager_torch_gives(checkpoint):
-    graphed, eager = (
-        PromptEncoder.from_folder(checkpoint, device="cuda", **options)
-        for options in ({}, {"execute": lambda _, model: model})
+def test_text_on_a_gpu_is_what_it_is_on_a_cpu(checkpoint):
+    on_gpu, on_cpu = (
+        PromptEncoder.from_folder(checkpoint, device=device) for device in ("cuda", "cpu")
     )
     long = "a red circle, " * 60
     for prompts in (("a", ""), ("a (red:1.3) circle", "b"), ("a", ""), (long, "a"), (long, long)):
         for clip_skip in (None, -1, -2):
-            got, wanted = (coder.encode(*prompts, clip_skip) for coder in (graphed, eager))
+            got, wanted = (coder.encode(*prompts, clip_skip) for coder in (on_gpu, on_cpu))
             for name in wanted:
-                torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(got[name].cpu(), wanted[name], rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_ticks_give_the_same_picture_in_company(checkpoint, tmp_path):
