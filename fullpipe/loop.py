@@ -24,6 +24,7 @@ from fullpipe.config import LoopSettings
 from fullpipe.engines import Engine
 from fullpipe.errors import PipelineError, Unavailable
 from fullpipe.job import Job
+from fullpipe.row_counts import RowCounts
 from fullpipe.schedulers import ModelSampling
 from fullpipe.slots import Group, Occupant, Shape
 from fullpipe.waiting_line import WaitingLine
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 # Groups that nobody is in, kept on a GPU for the sake of their recorded graphs.
 IDLE_GROUPS = 4
 DEVICE_LOST = "the GPU failed; the server has to be restarted"
-# A tick of a fixed number of rows may be this empty before fewer slots take part in it.
-MIN_FILLED = 0.75
 
 
 class Observer(Protocol):
@@ -57,12 +56,20 @@ class Observer(Protocol):
 class _Tick:
     """One launched tick: what becomes known when it has ended."""
 
+    shape: Shape
     slots: int
     rows: int
     started: float
     steps: list[tuple[Occupant, int, torch.Tensor | None]]
     finals: list[tuple[Occupant, torch.Tensor]]
     ended: torch.cuda.Event | None = None
+    seconds: float = 0.0
+
+    def stop_clock(self) -> None:
+        """Take the time; on a GPU after waiting for its end."""
+        if self.ended is not None:
+            self.ended.synchronize()
+        self.seconds = time.perf_counter() - self.started
 
 
 class Loop:
@@ -105,6 +112,7 @@ class Loop:
         self._idle: OrderedDict[Shape, Group] = OrderedDict()
         self._running: _Tick | None = None
         self._ticks = 0
+        self._row_counts = RowCounts()
         self._copies: torch.cuda.Stream | None = None
         self._thread = threading.Thread(
             target=self._run, name=f"denoising-loop-{self._number}", daemon=True
@@ -151,8 +159,8 @@ class Loop:
 
     def _turn(self) -> None:
         ended, self._running = self._running, None
-        if ended is not None and ended.ended is not None:
-            ended.ended.synchronize()
+        if ended is not None:
+            ended.stop_clock()
         self._sweep()
         self._admit()
         launched = self._launch() if self._groups else []
@@ -243,7 +251,7 @@ class Loop:
         built = self._unet.row_counts(shape.height, shape.width, shape.tokens)
         if built:
             wanted = sum(group.occupant(slot).rows for slot in waiting)
-            budget = _worthwhile_rows(wanted, budget, built)
+            budget = self._row_counts.choose(shape, wanted, budget, built)
         chosen: list[int] = []
         for slot in waiting:
             budget -= group.occupant(slot).rows
@@ -269,7 +277,7 @@ class Loop:
         for job in dict.fromkeys(occupant.job for occupant in sitting):
             job.ticks += 1
             job.rows += rows
-        tick = _Tick(len(slots), rows, started, [], [])
+        tick = _Tick(group.shape, len(slots), rows, started, [], [])
         for slot, occupant in zip(slots, sitting, strict=True):
             step = int(occupant.work.table.step_of_row[occupant.position - 1])
             wants_preview = occupant.image == 0 and occupant.job.wants_preview
@@ -281,6 +289,8 @@ class Loop:
         if self._device.type == "cuda":
             tick.ended = torch.cuda.Event()
             tick.ended.record()
+        else:
+            tick.stop_clock()
         return [tick]
 
     def _isolate(self, group: Group, slots: list[int], error: Exception) -> list[_Tick]:
@@ -315,7 +325,11 @@ class Loop:
                     self._stepped(job)
             for occupant, latents in tick.finals:
                 self._store(occupant.job, occupant.image, latents.cpu())
-        self._observer.tick(tick.slots, tick.rows, time.perf_counter() - tick.started)
+        shape = tick.shape
+        built = self._unet.row_counts(shape.height, shape.width, shape.tokens)
+        if fitting := [count for count in built if count >= tick.rows]:
+            self._row_counts.saw(shape, min(fitting), tick.seconds)
+        self._observer.tick(tick.slots, tick.rows, tick.seconds)
         self._report_load()
 
     def _store(self, job: Job, image: int, latents: torch.Tensor) -> None:
@@ -344,12 +358,3 @@ class Loop:
             job.cancel(error)
             self._drop(job)
         self._groups.clear()
-
-
-def _worthwhile_rows(wanted: int, allowed: int, built: tuple[int, ...]) -> int:
-    """How many rows to fill: a tick costs what its engine's size costs, empty rows included."""
-    fitting = [count for count in sorted(built) if count <= allowed] or [min(built)]
-    for count in reversed(fitting):
-        if wanted >= MIN_FILLED * count:
-            return count
-    return fitting[0]
