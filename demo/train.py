@@ -219,10 +219,14 @@ def train_student(args):
         def chance():
             return torch.rand(len(pictures), 1, 1, 1, device=device)
 
+        # Some colours and edges that no scene has, for the encoder alone: the decoder should not
+        # learn to draw them.
+        is_plain = chance() > 0.15
+        seen = torch.where(is_plain, pictures, torch.lerp(pictures, pictures.flip(0), chance()))
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                wanted = teacher.encode(pictures).latent_dist
-            own = student.encode(pictures).latent_dist
+                wanted = teacher.encode(seen).latent_dist
+            own = student.encode(seen).latent_dist
             # Half of the latents as a UNet is trained on them; the others are less exact, as its
             # samples are.
             spread = wanted.std + 0.08 * chance() / scaling_factor
@@ -231,7 +235,7 @@ def train_student(args):
             decoded = student.decode(latents).sample.float()
         missed = (own.mean.float() - wanted.mean.float()).abs().mean() * scaling_factor
         missed = missed + 0.02 * (own.logvar.float() - wanted.logvar.float()).abs().mean()
-        return _pixel_loss(decoded, pictures) + 0.3 * missed
+        return _pixel_loss(decoded * is_plain, pictures * is_plain) + 0.3 * missed
 
     def pictures(height, width):
         count = max(1, args.batch // 8 * 65536 // (height * width))
