@@ -4,9 +4,11 @@
     python -m demo.train vae --minutes 4
     python -m demo.train diffusion --minutes 18 --compile
     python -m demo.train decoder --minutes 2
+    python -m demo.train student --teacher OTHER_CHECKPOINT/vae --minutes 3
 
-Each stage starts from the weights in `--checkpoint` and writes its own back, every two minutes and
-at its end, so a stage that was cut short goes on from there (the optimiser starts anew).
+Each stage starts from the weights in `--checkpoint` and writes its own back, every two minutes (in
+a short stage every third of it) and at its end, so a stage that was cut short goes on from there
+(the optimiser starts anew).
 Pictures are drawn on the training device (`shapes.py`); worker processes make up scenes and
 captions (`captions.py`). Nothing is stored.
 """
@@ -56,6 +58,14 @@ DIFFUSION_SIZES = {
     },
 }
 VAE_SIZES = {(128, 128): 50, (256, 256): 40, (384, 256): 5, (512, 512): 5}
+STUDENT_SIZES = {
+    (128, 128): 30,
+    (192, 192): 5,
+    (256, 256): 40,
+    (256, 384): 4,
+    (384, 256): 4,
+    (512, 512): 17,
+}
 COMPILED_SIZES = {(256, 256), (128, 128)}
 
 
@@ -112,6 +122,7 @@ class Trainer:
         )
         self.start, self.seconds, self.steps = time.monotonic(), minutes * 60, 0
         self.saved_at, self.logged_at, self.loss = self.start, self.start, None
+        self.save_every = min(120, self.seconds / 3)
 
     def is_done(self):
         return time.monotonic() - self.start > self.seconds
@@ -136,7 +147,7 @@ class Trainer:
             print(
                 f"{now - self.start:6.0f} s  step {self.steps:6d}  loss {self.loss:.5f}", flush=True
             )
-        if now - self.saved_at > 120:
+        if now - self.saved_at > self.save_every:
             self.saved_at = now
             self.save(*self.averaged())
 
@@ -174,11 +185,9 @@ def train_vae(args):
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pictures).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
-        error = decoded - pictures
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         divergence = (posterior.mean.float().square() + posterior.var.float() - 1).mean()
         divergence = (divergence - posterior.logvar.float().mean()) / 2
-        return error.abs().mean() + 0.5 * edges + 3e-5 * divergence
+        return _pixel_loss(decoded, pictures) + 3e-5 * divergence
 
     trainer = Trainer([vae], args.lr, args.minutes, save, ema=0.998)
     while not trainer.is_done():
@@ -187,6 +196,82 @@ def train_vae(args):
         count = max(1, args.batch // 8 * 65536 // (height * width))
         trainer.update(losses(draw(packed[:count], height, width, device)))
     save(*trainer.averaged())
+
+
+def train_student(args):
+    """An autoencoder of `networks.make_vae`'s size with the latents of the one in `--teacher`.
+
+    A UNet trained in the teacher's latents stays as it is. The encoder learns those latents, the
+    decoder learns to see pictures in them, and in a few of its own encoder's.
+    """
+    checkpoint, device = Path(args.checkpoint), torch.device(args.device)
+    teacher = AutoencoderKL.from_pretrained(args.teacher, torch_dtype=torch.float32)
+    student = make_student(teacher, checkpoint / "vae")
+    teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    student.to(device, memory_format=torch.channels_last)
+    scaling_factor = teacher.config.scaling_factor
+    data, rng = iter(_loader(args, dropout=1.0)), random.Random(args.seed)
+
+    def save(average):
+        networks.save_checkpoint(checkpoint, vae=average)
+
+    def losses(pictures):
+        def chance():
+            return torch.rand(len(pictures), 1, 1, 1, device=device)
+
+        # Some colours and edges that no scene has, for the encoder alone: the decoder should not
+        # learn to draw them.
+        is_plain = chance() > 0.15
+        seen = torch.where(is_plain, pictures, torch.lerp(pictures, pictures.flip(0), chance()))
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                wanted = teacher.encode(seen).latent_dist
+            own = student.encode(seen).latent_dist
+            # Half of the latents as a UNet is trained on them; the others are less exact, as its
+            # samples are.
+            spread = wanted.std + 0.08 * chance() / scaling_factor
+            latents = wanted.mean + spread * (chance() < 0.5) * torch.randn_like(spread)
+            latents = torch.where(chance() < 0.15, own.mean, latents)
+            decoded = student.decode(latents).sample.float()
+        missed = (own.mean.float() - wanted.mean.float()).abs().mean() * scaling_factor
+        missed = missed + 0.02 * (own.logvar.float() - wanted.logvar.float()).abs().mean()
+        return _pixel_loss(decoded * is_plain, pictures * is_plain) + 0.3 * missed
+
+    def pictures(height, width):
+        count = max(1, args.batch // 8 * 65536 // (height * width))
+        drawn = draw(next(data)[0][:count], height, width, device)
+        return drawn.contiguous(memory_format=torch.channels_last)
+
+    run_compiled = losses
+    if args.compile:
+        run_compiled = torch.compile(losses, dynamic=False)
+        for size in COMPILED_SIZES:  # Before the clock starts: the rate falls by it.
+            run_compiled(pictures(*size)).backward()
+        student.zero_grad(set_to_none=True)
+    trainer = Trainer([student], args.lr, args.minutes, save, ema=0.998)
+    while not trainer.is_done():
+        size = _choose(STUDENT_SIZES, rng)
+        run = run_compiled if size in COMPILED_SIZES else losses
+        trainer.update(run(pictures(*size)))
+    save(*trainer.averaged())
+
+
+@torch.no_grad()
+def make_student(teacher, folder):
+    """The autoencoder in `folder` if it is of the student's size already, else a new one.
+
+    What is as large in the teacher starts from there: most of the layers at 1/8 of the size.
+    """
+    config = AutoencoderKL.load_config(folder)
+    if tuple(config["block_out_channels"]) == networks.VAE_CHANNELS:
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    student = networks.make_vae()
+    student.register_to_config(scaling_factor=teacher.config.scaling_factor)
+    weights, known = student.state_dict(), teacher.state_dict()
+    for name, weight in weights.items():
+        if name in known and known[name].shape == weight.shape:
+            weight.copy_(known[name])
+    return student
 
 
 def train_diffusion(args):
@@ -264,6 +349,12 @@ def measure_scaling_factor(vae, data, device):
     return round(1 / torch.cat(latents).std().item(), 5)
 
 
+def _pixel_loss(decoded, pictures):
+    error = decoded - pictures
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 0.5 * edges
+
+
 def _choose(sizes, rng):
     return rng.choices(list(sizes), list(sizes.values()))[0]
 
@@ -276,8 +367,9 @@ def _loader(args, dropout):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("init", "vae", "decoder", "diffusion"))
+    parser.add_argument("stage", choices=("init", "vae", "decoder", "diffusion", "student"))
     parser.add_argument("--checkpoint", default="demo/checkpoint", help="read and written")
+    parser.add_argument("--teacher", help="another checkpoint's vae folder, for student")
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=128, help="pictures a step at 256x256")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak, falls to 0 by a cosine")
@@ -288,6 +380,9 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile the common sizes")
     parser.add_argument("--bpe", help="OpenAI CLIP's bpe_simple_vocab_16e6.txt.gz, for init")
     args = parser.parse_args()
+    own_vae = Path(args.checkpoint, "vae").resolve()
+    if args.stage == "student" and (not args.teacher or Path(args.teacher).resolve() == own_vae):
+        parser.error("student takes a --teacher, a folder other than the vae that it writes")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -299,6 +394,8 @@ def main():
         )
     elif args.stage in ("vae", "decoder"):
         train_vae(args)
+    elif args.stage == "student":
+        train_student(args)
     else:
         train_diffusion(args)
 
