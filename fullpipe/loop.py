@@ -239,7 +239,12 @@ class Loop:
         return min(self._groups.values(), key=waited)
 
     def _choose_slots(self, group: Group) -> list[int]:
-        """Slots in the order of their last tick, then of arrival, until the rows are full."""
+        """Slots in the order of their last tick, then of arrival, until the rows are full.
+
+        Whoever has waited longest, a newcomer since it got its slot, comes first and decides
+        whether the tick is a whole pass of the UNet or a shallow one. So nobody who is due for the
+        other kind waits for more than one tick of each of those that are there.
+        """
 
         def turn(slot: int) -> tuple[int, float, int]:
             occupant = group.occupant(slot)
@@ -247,7 +252,10 @@ class Loop:
 
         shape = group.shape
         budget = self._settings.max_rows * self._native_pixels // (shape.height * shape.width)
-        waiting = sorted(group.taken, key=turn)
+        first = min(group.taken, key=lambda slot: (group.occupant(slot).waits_since, *turn(slot)))
+        is_shallow = group.occupant(first).is_shallow
+        alike = [slot for slot in group.taken if group.occupant(slot).is_shallow == is_shallow]
+        waiting = sorted(alike, key=lambda slot: (slot != first, *turn(slot)))
         built = self._unet.row_counts(shape.height, shape.width, shape.tokens)
         if built:
             wanted = sum(group.occupant(slot).rows for slot in waiting)
@@ -263,8 +271,9 @@ class Loop:
     def _launch_slots(self, group: Group, slots: list[int]) -> list[_Tick]:
         """One tick; if it fails with several jobs in it, each is tried alone to spare the rest."""
         sitting = [group.occupant(slot) for slot in slots]
+        now = time.monotonic()
         for occupant in sitting:
-            occupant.last_tick = self._ticks
+            occupant.last_tick, occupant.waits_since = self._ticks, now
         self._ticks += 1
         started = time.perf_counter()
         try:
