@@ -57,6 +57,7 @@ class _Tick:
     """One launched tick: what becomes known when it has ended."""
 
     shape: Shape
+    is_shallow: bool
     slots: int
     rows: int
     started: float
@@ -259,7 +260,7 @@ class Loop:
         built = self._unet.row_counts(shape.height, shape.width, shape.tokens)
         if built:
             wanted = sum(group.occupant(slot).rows for slot in waiting)
-            budget = self._row_counts.choose(shape, wanted, budget, built)
+            budget = self._row_counts.choose((shape, is_shallow), wanted, budget, built)
         chosen: list[int] = []
         for slot in waiting:
             budget -= group.occupant(slot).rows
@@ -271,6 +272,7 @@ class Loop:
     def _launch_slots(self, group: Group, slots: list[int]) -> list[_Tick]:
         """One tick; if it fails with several jobs in it, each is tried alone to spare the rest."""
         sitting = [group.occupant(slot) for slot in slots]
+        is_shallow = sitting[0].is_shallow
         now = time.monotonic()
         for occupant in sitting:
             occupant.last_tick, occupant.waits_since = self._ticks, now
@@ -286,7 +288,7 @@ class Loop:
         for job in dict.fromkeys(occupant.job for occupant in sitting):
             job.ticks += 1
             job.rows += rows
-        tick = _Tick(group.shape, len(slots), rows, started, [], [])
+        tick = _Tick(group.shape, is_shallow, len(slots), rows, started, [], [])
         for slot, occupant in zip(slots, sitting, strict=True):
             step = int(occupant.work.table.step_of_row[occupant.position - 1])
             wants_preview = occupant.image == 0 and occupant.job.wants_preview
@@ -337,7 +339,7 @@ class Loop:
         shape = tick.shape
         built = self._unet.row_counts(shape.height, shape.width, shape.tokens)
         if fitting := [count for count in built if count >= tick.rows]:
-            self._row_counts.saw(shape, min(fitting), tick.seconds)
+            self._row_counts.saw((shape, tick.is_shallow), min(fitting), tick.seconds)
         self._observer.tick(tick.slots, tick.rows, tick.seconds)
         self._report_load()
 

@@ -14,6 +14,7 @@ from fullpipe.config import LoopSettings, PipelineConfig
 from fullpipe.engines import Engine
 from fullpipe.engines.torch_engine import TorchUNet
 from fullpipe.errors import Cancelled, InvalidRequest, PipelineError, SetupError
+from fullpipe.row_counts import RowCounts
 from tests.conftest import DEVICE
 from tests.test_loop import wait_until
 
@@ -142,6 +143,17 @@ def test_same_images_alone_and_beside_others(open_pipeline, unet, config, counts
         assert any(rows > 2 for found, rows in counted.calls if found == kind), "nobody met"
     if counts:
         assert {rows for _, rows in counted.calls} <= set(counts)
+
+
+def test_what_a_shallow_tick_costs_says_nothing_of_whole_ones(open_pipeline, unet, monkeypatch):
+    """The loop learns what numbers of rows cost; a shallow tick takes a third of the time."""
+    seen: dict[bool, list[float]] = {False: [], True: []}
+    monkeypatch.setattr(
+        RowCounts, "saw", lambda _, kind, count, seconds: seen[kind[1]].append(seconds)
+    )
+    pipeline = open_pipeline(unet=Counted(unet, (2, 4)))
+    pipeline.generate(prompt=RED, steps=12, step_cache=3, **SMALL)
+    assert [len(seen[is_shallow]) for is_shallow in (False, True)] == [4, 8]
 
 
 def test_images_of_one_rhythm_find_each_other(open_pipeline, counted):
