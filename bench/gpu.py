@@ -7,6 +7,7 @@ HTTP. Without `--checkpoint` the weights are random, of the true architecture: a
 
     python -m bench.gpu --family sd1 [--engine compiled] [--concurrency 16] [--count 32]
     python -m bench.gpu --family sdxl --buckets 2 4 8 --concurrency 8 [--keep FOLDER] [--build-only]
+    python -m bench.gpu --family sdxl --buckets 2 4 8 --step-cache 2 --phases networks loop
     python -m bench.gpu --checkpoint demo/checkpoint --device cpu --engine torch --precision fp32
 """
 
@@ -52,6 +53,9 @@ def main() -> None:
     parser.add_argument("--vae", choices=("bls", "loop"), default="bls")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=7.0)
+    parser.add_argument(
+        "--step-cache", type=int, default=1, metavar="N", help="above 1 `loop` is served so too"
+    )
     parser.add_argument("--count", type=int, default=32, help="requests of a phase")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--keep", type=Path, help="build there, or take what is built there")
@@ -67,6 +71,7 @@ def main() -> None:
         buckets=arguments.buckets if arguments.engine != "torch" else [],
         max_rows=max(arguments.buckets),
         vae=arguments.vae,
+        step_cache=arguments.step_cache > 1,
     )
     result: dict = {
         "request": f"native size, {arguments.steps} steps, euler, cfg {arguments.cfg:g}, raw",
@@ -78,7 +83,9 @@ def main() -> None:
         repositories = {
             "loop": loop,
             # Told apart by its milliseconds a step; one picture needs one size.
-            "bls": dataclasses.replace(loop, unet="bls", buckets=loop.buckets[:1]),
+            "bls": dataclasses.replace(
+                loop, unet="bls", buckets=loop.buckets[:1], step_cache=False
+            ),
         }
         for where, settings in repositories.items():
             if where in arguments.phases:
@@ -88,10 +95,17 @@ def main() -> None:
         phases: dict[str, Callable[[], dict]] = {
             "networks": lambda: _networks(folder / "loop", arguments.buckets),
             "loop": lambda: _served(folder / "loop", arguments, is_whole=True),
+            "cached": lambda: _served(
+                folder / "loop", arguments, is_whole=True, step_cache=arguments.step_cache
+            ),
             "rivals": lambda: rivals.compare(checkpoint, arguments),
             "bls": lambda: _served(folder / "bls", arguments, is_whole=False),
         }
-        for name in arguments.phases:
+        names = list(arguments.phases)
+        if loop.step_cache and "loop" in names:
+            result["cached"] = {"step_cache": arguments.step_cache}
+            names.insert(names.index("loop") + 1, "cached")
+        for name in names:
             started = time.perf_counter()
             try:
                 measured = phases[name]()
@@ -110,7 +124,8 @@ def main() -> None:
         result["together_over_one"] = round(
             together["images_per_second"] / one["images_per_second"], 3
         )
-    store(f"gpu_{arguments.family}" if not arguments.checkpoint else "gpu", result, "gpu")
+    what = "gpu" if arguments.checkpoint else f"gpu_{arguments.family}"
+    store(f"{what}_step_cache" if loop.step_cache else what, result, "gpu")
 
 
 @contextlib.contextmanager
@@ -145,6 +160,8 @@ def _networks(repository: Path, rows: list[int]) -> dict:
         "bare_unet": _bare_unet(unet, config, rows),
         "relative_error": relative_errors(repository, unet, config),
     }
+    if unet.has_shallow_pass:
+        measured["bare_shallow_unet"] = _bare_unet(unet, config, rows, is_shallow=True)
     del unet
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -152,12 +169,16 @@ def _networks(repository: Path, rows: list[int]) -> dict:
     return measured
 
 
-def _bare_unet(unet: Engine, config: PipelineConfig, rows: list[int]) -> dict:
+def _bare_unet(
+    unet: Engine, config: PipelineConfig, rows: list[int], *, is_shallow: bool = False
+) -> dict:
     """Median milliseconds of UNet calls alone, as a recorded graph where there is a GPU."""
     device = config.loop.devices[0]
     measured = {}
     for count in rows:
         inputs = unet_inputs(config, count, device)
+        if is_shallow:
+            inputs["deep"] = unet.run(inputs)["deep"].clone()
         milliseconds = _time(lambda inputs=inputs: unet.run(inputs), device)
         measured[str(count)] = {"ms": round(milliseconds, 3)}
     return measured
@@ -190,7 +211,9 @@ def _time(run: Callable[[], object], device: str, repeats: int = 20) -> float:
     return float(np.median(times))
 
 
-def _served(repository: Path, arguments: argparse.Namespace, *, is_whole: bool) -> dict:
+def _served(
+    repository: Path, arguments: argparse.Namespace, *, is_whole: bool, step_cache: int = 1
+) -> dict:
     """Start, one at a time, and together; the last only where `is_whole`."""
     captions, seeds = prompts(), itertools.count()
     settings = ServerConfig(repository, http_port=0, grpc_port=0, metrics_port=0, log_level="error")
@@ -206,6 +229,7 @@ def _served(repository: Path, arguments: argparse.Namespace, *, is_whole: bool) 
                 seed=next(seeds),
                 steps=arguments.steps,
                 cfg=arguments.cfg,
+                step_cache=step_cache,
                 output_format="raw",
             )
             stages.add(picture.info)

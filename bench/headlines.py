@@ -32,7 +32,7 @@ def headlines(documents: dict[str, dict]) -> str:
             ]
     ratios = {"together_over_one", "loop_over_bare_unet"}  # a run of some phases lacks them
     for name, document in documents.items():
-        if name.startswith("gpu") and ratios <= set(document["result"]):
+        if name in _GPU_WORDS and ratios <= set(document["result"]):
             rows += [
                 [what, figure, f"`{document['command']}`"]
                 for what, figure in _gpu(name, document["result"])

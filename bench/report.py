@@ -67,6 +67,7 @@ SECTIONS = (
     Section("startup", "Start-up and memory"),
     Section("soak", "Thousands of requests"),
     Section("advance", "A sampler step", tables.advance),
+    Section("step_cache", "Step caching", tables.step_cache),
     Section("demo_quality", "The demo's pictures", tables.demo_quality),
 )
 

@@ -175,10 +175,12 @@ def gpu(result: dict) -> str:
     """One checkpoint on a GPU: served in both ways, the bare UNet, and the rivals that were run."""
     if not {"together_over_one", "loop_over_bare_unet"} <= set(result):
         return plain(result)
-    networks = result["networks"]
+    networks, cached = result["networks"], result.get("cached", {})
     ways = {
         "one at a time": result["loop"].get("one_at_a_time"),
         "together": result["loop"].get("together"),
+        f"one at a time, step_cache {cached.get('step_cache')}": cached.get("one_at_a_time"),
+        f"together, step_cache {cached.get('step_cache')}": cached.get("together"),
         "one at a time, UNet over BLS": result.get("bls", {}).get("one_at_a_time"),
     }
     rows = [
@@ -196,6 +198,10 @@ def gpu(result: dict) -> str:
     ]
     columns = ["", "images/s", "p50 ms", "p99 ms", "loop ms", "VAE ms", "UNet rows"]
     bare = [[rows_, point["ms"]] for rows_, point in networks["bare_unet"].items()]
+    bare += [
+        [f"{rows_}, shallow", point["ms"]]
+        for rows_, point in networks.get("bare_shallow_unet", {}).items()
+    ]
     starts = [
         [_words(where), result[where]["assemble_s"], result[where]["ready_s"]]
         for where in ("loop", "bls")
@@ -249,6 +255,37 @@ def advance(result: dict) -> str:
     return (
         f"{table(columns, rows)}\n\nA table of 20 steps takes {min(tables_ms.values()):.1f} ms to"
         f" make, the slowest ({slowest}) {tables_ms[slowest]:.1f} ms; it is made once."
+    )
+
+
+def step_cache(result: dict) -> str:
+    """Distance and time by steps and value, and the sheet of pictures."""
+    fewer = ("steps", "mean_abs_difference", "psnr_db_median", "percent_right")
+    rows = [
+        [
+            steps,
+            value,
+            point["unet_time_ratio"],
+            point["mean_abs_difference"],
+            point["psnr_db_median"],
+            point["psnr_db_worst"],
+            point["percent_right"],
+            *(point.get("fewer_steps", {}).get(name) for name in fewer),
+        ]
+        for steps, values in result["by_steps"].items()
+        for value, point in values.items()
+    ]
+    columns = ["steps", "step_cache", "UNet time", "mean abs difference (levels)"]
+    columns += ["PSNR dB, median", "worst", "drawn rightly, %"]
+    columns += ["instead: exact steps", "difference", "PSNR dB", "rightly, %"]
+    return "\n\n".join(
+        [
+            f"{result['request']}, {result['captions']} captions. UNet time is that of step_cache"
+            " 1 in the same run.",
+            table(columns, rows),
+            f"At {result['sheet_steps']} steps:",
+            "![Pictures by step_cache](plots/step_cache.png)",
+        ]
     )
 
 

@@ -29,6 +29,7 @@ from fullpipe.schedulers import SCHEDULERS
 __all__ = ["PARAMETER", "PLAIN_NAME", "Choices", "assemble", "model_names"]
 
 _FIXED_SHAPES = ("compiled", "tensorrt")
+_SPLIT_ENGINES = ("torch", "compiled")  # which can run a UNet's outermost layers alone
 
 Progress = Callable[[str, int, int], None]
 
@@ -122,6 +123,7 @@ def command_line(
     }
     words = ["fullpipe", "assemble", str(checkpoint)]
     words += [word for name, value in options.items() if value for word in (f"--{name}", value)]
+    words += ["--step-cache"] if loop.step_cache else []
     return shlex.join(words)
 
 
@@ -166,6 +168,11 @@ def _config(folder: Path, choices: Choices, progress: Progress) -> PipelineConfi
 
 def _check_engine(loop: LoopSettings) -> None:
     """Refuse choices that cannot go together, before anything is built."""
+    if loop.step_cache and (loop.engine not in _SPLIT_ENGINES or loop.unet != "loop"):
+        raise SetupError(
+            f"step-cache with engine={loop.engine} and unet={loop.unet}, allowed:"
+            f" engine={' or '.join(_SPLIT_ENGINES)} with unet=loop"
+        )
     if loop.engine == "onnx" and loop.precision not in onnx_engine.PRECISIONS:
         allowed = ", ".join(onnx_engine.PRECISIONS)
         raise SetupError(f"precision={loop.precision} with engine=onnx, allowed: {allowed}")

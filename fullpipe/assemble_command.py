@@ -50,6 +50,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--max-size", type=int, metavar="PX", help="largest side; left out: native size and half")
     add("--max-batch", type=int, default=limits.max_batch_size, metavar="N", help="per request")
     add("--max-rows", type=int, default=loop.max_rows, metavar="N", help="UNet rows of a tick")
+    add("--step-cache", action="store_true", help="let requests ask for step_cache")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             unet=args.unet,
             vae=args.vae,
             max_rows=args.max_rows,
+            step_cache=args.step_cache,
         ),
         defaults=args.defaults,
     )

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from fullpipe import __version__, assemble_command
+from fullpipe import __version__, assemble_command, contract
 from fullpipe.assemble_command import REPOSITORY
 from fullpipe.client import DEFAULT_PIPELINE, DEFAULT_TIMEOUT_S, Client, Pipeline
 from fullpipe.connection import DEFAULT_URL
@@ -245,6 +245,8 @@ def _describe(pipeline: Pipeline) -> str:
             "schedulers": _listed(facts["schedulers"], defaults["scheduler"]),
             "checkpoint": f"{facts['checkpoint']}, fullpipe {facts['version']}",
         }
+        if facts.get("step_cache"):
+            rows["step cache"] = "1, at most {1}".format(*contract.STEP_CACHE_RANGE)
         indent = " " * 14
         lines += [
             textwrap.fill(f"  {label:<11} {text}", 100, subsequent_indent=indent)

@@ -45,8 +45,8 @@ class Pipeline:
     Attributes:
         name: what `Client(pipeline=...)` takes.
         ready: whether it answers requests now.
-        facts: samplers, schedulers, defaults, limits, checkpoint, version, stream; empty while it
-            is not ready.
+        facts: samplers, schedulers, defaults, limits, checkpoint, version, step_cache, stream;
+            empty while it is not ready.
     """
 
     name: str

@@ -65,6 +65,7 @@ class LoopSettings:
         max_rows: UNet batch rows of one tick at the native size; larger sizes get fewer.
         slots: images in flight; more of them share the rows of a tick in turn.
         torch_threads: intra-op threads of the loop's process, 0 = torch's own choice.
+        step_cache: whether requests may ask for shallow passes of the UNet between whole ones.
     """
 
     device: str = "cpu"
@@ -77,6 +78,7 @@ class LoopSettings:
     max_rows: int = 16
     slots: int = 32
     torch_threads: int = 0
+    step_cache: bool = False
 
     @property
     def devices(self) -> list[str]:

@@ -22,6 +22,7 @@ PREVIEWS = ("none", "latent")
 OUTPUTS = ("images", "latents")
 SIZE_MULTIPLE_PX = 8
 CLIP_SKIP_RANGE = (-24, -1)
+STEP_CACHE_RANGE = (1, 10)
 JOB_ID_MAX_CHARS = 128
 
 
@@ -60,6 +61,7 @@ PICTURE_INPUTS = (
     Tensor("init_image_b64", "STRING", meaning="start picture as base64 PNG, JPEG or WebP"),
     Tensor("mask_b64", "STRING", meaning="mask as base64 PNG, JPEG or WebP, white = repaint"),
     Tensor("clip_skip", "INT32", meaning="ComfyUI's stop_at_clip_layer, -1 … -24"),
+    Tensor("step_cache", "INT32", meaning="whole UNet every so many steps; 1, always, is exact"),
     Tensor("output_format", "STRING", meaning="png, webp, jpeg or raw"),
     Tensor(
         "job_id", "STRING", meaning="names the job for progress and cancel; make it unguessable"
@@ -105,6 +107,7 @@ class Request:
 
     Attributes:
         width, height: pixels; None where the start image or the latents decide.
+        step_cache: the UNet runs as a whole every so many table rows, else its outermost layers.
         arrays: the array inputs that were given, by contract name.
     """
 
@@ -120,6 +123,7 @@ class Request:
     height: int | None
     batch_size: int
     clip_skip: int | None
+    step_cache: int
     output_format: str
     output: str
     job_id: str
@@ -214,6 +218,7 @@ def _parse_picture(
             if "clip_skip" in fields.given
             else None
         ),
+        step_cache=fields.integer("step_cache", 1, *STEP_CACHE_RANGE),
         output_format=fields.choice("output_format", "png", OUTPUT_FORMATS),
         output=fields.choice("output", "images", OUTPUTS),
         job_id=fields.job_id(required=False) or secrets.token_urlsafe(16),

@@ -48,6 +48,7 @@ class Work:
         mask: [N, 1, h, w] fp32, 1 = repaint, or None.
         noise: draws the sampler's own noise, or None for a deterministic table.
         is_guided: whether rows of the negative half are evaluated.
+        step_cache: at every so many table rows the whole UNet runs, at the others a shallow pass.
         drawing: where the next noise is drawn while the loop runs a tick; None draws it when asked.
     """
 
@@ -62,6 +63,7 @@ class Work:
     noise: SamplerNoise | None
     cfg: float
     is_guided: bool
+    step_cache: int = 1
     drawing: Executor | None = None
 
     def __post_init__(self) -> None:

@@ -57,6 +57,7 @@ class _Tick:
     """One launched tick: what becomes known when it has ended."""
 
     shape: Shape
+    is_shallow: bool
     slots: int
     rows: int
     started: float
@@ -239,7 +240,12 @@ class Loop:
         return min(self._groups.values(), key=waited)
 
     def _choose_slots(self, group: Group) -> list[int]:
-        """Slots in the order of their last tick, then of arrival, until the rows are full."""
+        """Slots in the order of their last tick, then of arrival, until the rows are full.
+
+        Whoever has waited longest, a newcomer since it got its slot, comes first and decides
+        whether the tick is a whole pass of the UNet or a shallow one. So nobody who is due for the
+        other kind waits for more than one tick of each of those that are there.
+        """
 
         def turn(slot: int) -> tuple[int, float, int]:
             occupant = group.occupant(slot)
@@ -247,11 +253,14 @@ class Loop:
 
         shape = group.shape
         budget = self._settings.max_rows * self._native_pixels // (shape.height * shape.width)
-        waiting = sorted(group.taken, key=turn)
+        first = min(group.taken, key=lambda slot: (group.occupant(slot).waits_since, *turn(slot)))
+        is_shallow = group.occupant(first).is_shallow
+        alike = [slot for slot in group.taken if group.occupant(slot).is_shallow == is_shallow]
+        waiting = sorted(alike, key=lambda slot: (slot != first, *turn(slot)))
         built = self._unet.row_counts(shape.height, shape.width, shape.tokens)
         if built:
             wanted = sum(group.occupant(slot).rows for slot in waiting)
-            budget = self._row_counts.choose(shape, wanted, budget, built)
+            budget = self._row_counts.choose((shape, is_shallow), wanted, budget, built)
         chosen: list[int] = []
         for slot in waiting:
             budget -= group.occupant(slot).rows
@@ -263,8 +272,10 @@ class Loop:
     def _launch_slots(self, group: Group, slots: list[int]) -> list[_Tick]:
         """One tick; if it fails with several jobs in it, each is tried alone to spare the rest."""
         sitting = [group.occupant(slot) for slot in slots]
+        is_shallow = sitting[0].is_shallow
+        now = time.monotonic()
         for occupant in sitting:
-            occupant.last_tick = self._ticks
+            occupant.last_tick, occupant.waits_since = self._ticks, now
         self._ticks += 1
         started = time.perf_counter()
         try:
@@ -277,7 +288,7 @@ class Loop:
         for job in dict.fromkeys(occupant.job for occupant in sitting):
             job.ticks += 1
             job.rows += rows
-        tick = _Tick(group.shape, len(slots), rows, started, [], [])
+        tick = _Tick(group.shape, is_shallow, len(slots), rows, started, [], [])
         for slot, occupant in zip(slots, sitting, strict=True):
             step = int(occupant.work.table.step_of_row[occupant.position - 1])
             wants_preview = occupant.image == 0 and occupant.job.wants_preview
@@ -328,7 +339,7 @@ class Loop:
         shape = tick.shape
         built = self._unet.row_counts(shape.height, shape.width, shape.tokens)
         if fitting := [count for count in built if count >= tick.rows]:
-            self._row_counts.saw(shape, min(fitting), tick.seconds)
+            self._row_counts.saw((shape, tick.is_shallow), min(fitting), tick.seconds)
         self._observer.tick(tick.slots, tick.rows, tick.seconds)
         self._report_load()
 

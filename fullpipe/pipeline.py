@@ -96,6 +96,7 @@ class Pipeline:
         self._is_closing = False
         self._is_lost = False
         self._tell_lost = lost
+        self._has_step_cache = all(unet.has_shallow_pass for unet in unets)
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
         self._finishing = ThreadPoolExecutor(FINISHING_THREADS, "finish")
         self._drawing = ThreadPoolExecutor(1, "noise")
@@ -164,6 +165,11 @@ class Pipeline:
         self._tell_lost()
 
     def _submit(self, request: Request, reply: Reply) -> None:
+        if request.step_cache > 1 and not self._has_step_cache:
+            raise InvalidRequest(
+                f"step_cache={request.step_cache} is not served by this pipeline, allowed 1;"
+                " `fullpipe assemble … --step-cache` makes one that does"
+            )
         job = Job(request, self._config.limits.deadline_s, reply)
         allowed = self._config.limits.max_open_jobs
         with self._guard:
@@ -352,6 +358,7 @@ class Pipeline:
             noise=sampler_noise,
             cfg=request.cfg,
             is_guided=is_guided,
+            step_cache=request.step_cache,
             drawing=self._drawing if sampler_noise and sampler_noise.is_drawn_on_cpu else None,
         )
 
@@ -421,6 +428,7 @@ class Pipeline:
             "sampler_name": request.sampler_name,
             "scheduler": request.scheduler,
             "denoise": request.denoise,
+            "step_cache": request.step_cache,
             "pipeline": self._config.name,
             "checkpoint": self._config.checkpoint.digest,
             "version": __version__,

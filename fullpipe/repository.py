@@ -159,6 +159,7 @@ def _write_ensemble(folder: Path, config: PipelineConfig, names: dict[str, str])
         "limits": dataclasses.asdict(config.limits),
         "checkpoint": config.checkpoint.digest,
         "version": __version__,
+        "step_cache": config.loop.step_cache,
         "stream": names["full_pipeline_stream"],
         "scheduler_model": names["scheduler_model"],
         "models": {

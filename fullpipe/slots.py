@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import torch
@@ -28,12 +29,18 @@ class Shape:
 
 @dataclasses.dataclass
 class Occupant:
-    """Who sits in a slot: image `image` of `job`, at table row `position`."""
+    """Who sits in a slot: image `image` of `job`, at table row `position`.
+
+    Attributes:
+        last_tick: the number of its last tick, -1 before its first.
+        waits_since: when that was launched, or when it got its slot; `time.monotonic`.
+    """
 
     job: Job
     image: int
     position: int = 0
     last_tick: int = -1
+    waits_since: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def work(self) -> Work:
@@ -45,6 +52,16 @@ class Occupant:
     def rows(self) -> int:
         """UNet rows of one tick."""
         return 2 if self.work.is_guided else 1
+
+    @property
+    def keeps_deep(self) -> bool:
+        """Whether the image reuses deep features of the UNet."""
+        return self.work.step_cache > 1
+
+    @property
+    def is_shallow(self) -> bool:
+        """Whether its next table row takes a shallow pass of the UNet."""
+        return self.position % self.work.step_cache != 0
 
     @property
     def is_done(self) -> bool:
@@ -60,6 +77,9 @@ class Group:
     slot stands in its table is counted there too: a tick is told its seats and nothing else. So on
     a GPU the whole tick replays as one graph. The spare slot serves the seats that a tick of fixed
     size leaves empty; its table is all zeros.
+
+    For images that cache steps, a tick is either a whole pass, which leaves each slot's deep
+    features of the UNet in its slot, or a shallow one, which reads them there.
     """
 
     def __init__(self, shape: Shape, capacity: int, device: torch.device, sampling: ModelSampling):
@@ -78,6 +98,7 @@ class Group:
         self._mask: torch.Tensor | None = None
         self._kept_image = torch.zeros(0)
         self._kept_noise = torch.zeros(0)
+        self._deep: torch.Tensor | None = None
         self._position = self._zeros(dtype=torch.int64)
         self._cfg = self._zeros(1, 1, 1)
         self._sigmas = self._zeros(FIRST_TABLE_ROWS)
@@ -141,10 +162,12 @@ class Group:
         the work is only queued on the current stream when this returns.
 
         Args:
-            slots: B distinct taken slots.
+            slots: B distinct taken slots, all of them due for a shallow pass or none.
             unet: gets B rows of the positive half, then one row for every guided slot.
         """
         sitting = [self.occupant(slot) for slot in slots]
+        is_shallow = sitting[0].is_shallow
+        keeps_deep = not is_shallow and any(occupant.keeps_deep for occupant in sitting)
         for slot, occupant in zip(slots, sitting, strict=True):
             work = occupant.work
             if work.table.noise[occupant.position] is not None:
@@ -157,20 +180,23 @@ class Group:
         is_guided = [occupant.work.is_guided for occupant in sitting]
         packed, seats = pack_seats(slots, is_guided, self._slots - 1, rows)
         has_masks = any(occupant.work.mask is not None for occupant in sitting)
+        kind = (has_masks, is_shallow, keeps_deep)
         if self._graphs.are_possible and unet.is_capturable and rows is not None:
             self._graphs.replay(
-                (rows, has_masks),
+                (rows, *kind),
                 packed,
                 lambda: pack_seats((), (), self._slots - 1, rows)[0],
-                lambda device: self._advance(Seats.view(device, seats), unet, has_masks),
+                lambda device: self._advance(Seats.view(device, seats), unet, *kind),
             )
         else:
-            self._advance(Seats.view(packed.to(self._device), seats), unet, has_masks)
+            self._advance(Seats.view(packed.to(self._device), seats), unet, *kind)
         for occupant in sitting:
             occupant.work.release_noise(occupant.position)
             occupant.position += 1
 
-    def _advance(self, seats: Seats, unet: Engine, has_masks: bool) -> None:
+    def _advance(
+        self, seats: Seats, unet: Engine, has_masks: bool, is_shallow: bool, keeps_deep: bool
+    ) -> None:
         """The tick itself: only tensors, nothing that a graph could not replay for other seats."""
         slot, sampling = seats.slot, self._sampling
         position = self._position[slot]
@@ -192,8 +218,13 @@ class Group:
         if self._pooled is not None and self._time_ids is not None:
             inputs["text_embeds"] = self._pooled[row_slot, seats.half]
             inputs["time_ids"] = self._time_ids[row_slot]
-        noise_pred = unet.run(inputs)["noise_pred"]
-        rows = sampling.denoised(sample[seats.seat], sigma[seats.seat], noise_pred)
+        if is_shallow:
+            assert self._deep is not None
+            inputs["deep"] = self._deep[row_slot, seats.half]
+        answer = unet.run(inputs)
+        if keeps_deep:
+            self._keep(answer["deep"], row_slot, seats.half)
+        rows = sampling.denoised(sample[seats.seat], sigma[seats.seat], answer["noise_pred"])
         negative = rows[seats.negative]
         denoised = negative + (rows[seats.positive] - negative) * self._cfg[slot]
         if has_masks:
@@ -204,6 +235,17 @@ class Group:
         )
         self._denoised[slot] = denoised
         self._position[slot] = position + seats.is_taken
+
+    def _keep(self, deep: torch.Tensor, slot: torch.Tensor, half: torch.Tensor) -> None:
+        """Put each row's deep features into its slot.
+
+        The first ones size the tensor. On a GPU those are of a tick that warms up for its graph,
+        which is not recorded yet, so the memory is of no graph's pool.
+        """
+        if self._deep is None:
+            shape = (self._slots, 2, *deep.shape[1:])
+            self._deep = torch.zeros(shape, dtype=deep.dtype, device=deep.device)
+        self._deep[slot, half] = deep
 
     def _fit(self, work: Work) -> None:
         """Size the tensors for this job: the first one decides the widths, longer tables grow T."""

@@ -94,16 +94,17 @@ def scalar(name: str, dtype: str, value: object, shape: list[int] | None = None)
 def hostile_requests(seed: int) -> Iterator[tuple[str, bytes, str]]:
     """Endless (path, body, what is wrong); none of them may ever make a picture."""
     rng = random.Random(seed)
-    numbers = {"width": 8, "height": 8, "steps": None, "batch_size": None, "clip_skip": None}
+    numbers = ["width", "height", "steps", "batch_size", "clip_skip", "step_cache"]
 
     def bad_number() -> dict:
-        name = rng.choice(list(numbers))
+        name = rng.choice(numbers)
         allowed = {
             "width": range(64, 513, 8),
             "height": range(64, 513, 8),
             "steps": range(1, 151),
             "batch_size": range(1, 9),
             "clip_skip": range(-24, 0),
+            "step_cache": range(1, 2),
         }[name]
         value = rng.choice([n for n in NASTY_NUMBERS if n not in allowed])
         return {**PROMPT, name: value}

@@ -10,7 +10,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fullpipe.config import LoopSettings
-from fullpipe.engines.compiled_engine import CompiledUNet, build
+from fullpipe.engines.ahead_of_time import check_package, compile_package
+from fullpipe.engines.compiled_engine import CompiledUNet, Signature, build
 from fullpipe.engines.compiled_vae import CompiledVaeDecoder, build_decoder
 from fullpipe.engines.torch_engine import TorchUNet
 from fullpipe.errors import SetupError
@@ -162,3 +163,59 @@ def test_a_compiled_decoder_gives_the_same_pixels(checkpoint, config, tmp_path):
         levels = compiled.decode(latents).int() - eager.decode(latents).int()
         assert levels.abs().max() <= 1
         assert (levels == 0).float().mean() > 0.999
+
+
+CACHED = dataclasses.replace(SETTINGS, step_cache=True)
+
+
+def test_step_caching_has_packages_of_its_own(folder, tmp_path):
+    """A whole and a shallow one; the plain one is neither taken for them nor forgotten."""
+    split = tmp_path / "unet"
+    shutil.copytree(folder, split, ignore=shutil.ignore_patterns("*.pt2"))
+    lines: list[str] = []
+    build(split, CACHED, lines.append)
+    assert lines[0] == "compiling 2 packages, 1 at a time"
+    names = {"8x8-77-2-whole.pt2", "8x8-77-2-shallow.pt2"}
+    assert {path.name for path in split.glob("*.pt2")} == names
+    torch.manual_seed(5)
+    compiled, eager = CompiledUNet.load(split, CACHED), TorchUNet(split)
+    assert compiled.has_shallow_pass and compiled.row_counts(8, 8, 77) == (2,)
+    for tensors in (inputs(2), inputs(3), inputs(2, side=12)):  # one with packages, two without
+        wanted = eager.run(tensors)["noise_pred"]
+        answer = compiled.run(tensors)
+        assert relative_error(answer["noise_pred"], wanted) < 1e-5
+        again = compiled.run({**tensors, "deep": answer["deep"]})
+        assert set(again) == {"noise_pred"}
+        assert relative_error(again["noise_pred"], wanted) < 1e-5
+        stale = compiled.run({**tensors, "deep": torch.zeros_like(answer["deep"])})["noise_pred"]
+        assert relative_error(stale, wanted) > 1e-2
+    lines.clear()
+    build(split, CACHED, lines.append)
+    build(split, SETTINGS, lines.append)
+    assert lines == ["2 packages were compiled before", "1 packages were compiled before"]
+    with pytest.raises(SetupError, match=r"lacks 8x8-77-2-whole\.pt2, 8x8-77-2-shallow\.pt2"):
+        CompiledUNet.load(folder, CACHED)
+
+
+def test_what_plain_packages_are_known_by_has_not_changed():
+    """Those that are kept on a machine are found by it."""
+    signature = Signature(8, 8, 77, 2)
+    assert signature.facts == {"height": 8, "width": 8, "tokens": 77, "rows": 2}
+    assert signature.file == NAME
+
+
+def test_every_output_of_a_package_is_compared(tmp_path):
+    class Two(torch.nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            return x + 1, x * self.factor
+
+    path = tmp_path / "two.pt2"
+    example = [torch.randn(3, 4)]
+    compile_package(Two(2.0), example, path)
+    check_package(path, Two(2.0), example)
+    with pytest.raises(SetupError, match=r"two\.pt2 differs from eager torch by 0\.33"):
+        check_package(path, Two(3.0), example)

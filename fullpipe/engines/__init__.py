@@ -26,10 +26,17 @@ class Engine:
     UNet bindings: `sample` [R, 4, h, w], `timestep` [R], `encoder_hidden_states` [R, 77n, C]
     and, for SDXL, `text_embeds` [R, P] and `time_ids` [R, 6]; the result holds `noise_pred`
     [R, 4, h, w]. Every row stands for itself, so rows of different requests share a call.
+
+    One that `has_shallow_pass` also gives `deep` [R, h, w, D], in a precision of its own; given
+    that of an earlier call as a further input, it runs the outermost layers alone and gives
+    `noise_pred` (`fullpipe.engines.shallow`).
     """
 
     is_capturable = False
     """Whether `run` only queues work on the current CUDA stream, so that a graph can record it."""
+
+    has_shallow_pass = False
+    """Whether it serves step caching."""
 
     def row_counts(self, height: int, width: int, tokens: int) -> tuple[int, ...]:
         """The numbers of rows that it runs at this latent size and prompt length; () for any."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,10 +61,11 @@ def check_package(path: Path, module: nn.Module, inputs: Sequence[torch.Tensor])
     """
     package = Package(path, module, inputs[0].device)
     with torch.inference_mode():
-        wanted = module(*inputs).double()
-        error = ((package(*inputs).double() - wanted).norm() / wanted.norm()).item()
-    if not error < MAX_ERROR:
-        raise SetupError(f"{path.name} differs from eager torch by {error:.2g} of its norm")
+        pairs = zip(_outputs(package(*inputs)), _outputs(module(*inputs)), strict=True)
+        errors = [_relative_error(got, wanted) for got, wanted in pairs]
+    for error in errors:
+        if not error < MAX_ERROR:
+            raise SetupError(f"{path.name} differs from eager torch by {error:.2g} of its norm")
 
 
 class Package:
@@ -90,9 +92,22 @@ class Package:
         except (RuntimeError, KeyError, ValueError) as error:
             raise SetupError(f"{path} is no compiled package of this network: {error}") from error
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Run once; inputs as they were when it was compiled, contiguous."""
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        """Run once; inputs as they were when it was compiled, contiguous.
+
+        Returns:
+            What the module does: a tensor, or a tuple of them.
+        """
         return self._run(*inputs)
+
+
+def _outputs(answer: Any) -> tuple[torch.Tensor, ...]:
+    return (answer,) if isinstance(answer, torch.Tensor) else tuple(answer)
+
+
+def _relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    wanted = wanted.double()
+    return float((got.double() - wanted).norm() / wanted.norm())
 
 
 @contextlib.contextmanager

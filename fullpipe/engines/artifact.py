@@ -31,6 +31,7 @@ class Key:
         buckets: UNet batch rows; empty where the engine takes any number.
         gpu: compute capability such as sm_90; "cpu"; or "any" for a portable engine.
         libraries: name to version of what the engine's format or speed depends on.
+        shallow_layers: layers of the last up block in a shallow pass; 0 without step caching.
     """
 
     engine: str
@@ -40,6 +41,7 @@ class Key:
     buckets: list[int]
     gpu: str
     libraries: dict[str, str]
+    shallow_layers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 `build` compiles when a repository is assembled, once for all checkpoints of an architecture;
 `CompiledUNet.load` only opens packages. What no package was built for, a prompt of several chunks
-for example, goes through the same weights in eager torch: the same image, later.
+for example, goes through the same weights in eager torch: the same image, later. For step caching
+there are two packages per size and rows, one for each kind of pass.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fullpipe.engines.ahead_of_time import Package, check_package, compile_packa
 from fullpipe.engines.build_pool import build_apart
 from fullpipe.engines.loading import torch_dtype
 from fullpipe.engines.package_cache import PackageCache
+from fullpipe.engines.shallow import SHALLOW_LAYERS, ShallowPass, WholePass
 from fullpipe.engines.torch_engine import Fp32Ends, load_network
 from fullpipe.errors import SetupError
 
@@ -33,28 +35,54 @@ TOKENS = 77  # of one chunk, CLIP's context length
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """What one package was built for: latent height and width, prompt tokens, UNet rows."""
+    """What one package was built for: latent height and width, prompt tokens, UNet rows, pass.
+
+    Attributes:
+        part: for step caching "whole" or "shallow", a pass of `fullpipe.engines.shallow`; "" is
+            the UNet as it is.
+    """
 
     height: int
     width: int
     tokens: int
     rows: int
+    part: str = ""
 
     @property
     def file(self) -> str:
         """Name of its package."""
-        return f"{self.height}x{self.width}-{self.tokens}-{self.rows}.pt2"
+        part = f"-{self.part}" if self.part else ""
+        return f"{self.height}x{self.width}-{self.tokens}-{self.rows}{part}.pt2"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `PackageCache` knows it by."""
+        facts = dataclasses.asdict(self)
+        if self.part:
+            return {**facts, "shallow_layers": SHALLOW_LAYERS}
+        del facts["part"]
+        return facts
 
 
 class CompiledUNet(Engine):
     """A UNet of which some shapes run from packages."""
 
-    def __init__(self, network: Fp32Ends, device: torch.device, packages: Mapping[Signature, Path]):
-        """Open the packages for a network whose weights are on `device`."""
+    def __init__(
+        self,
+        network: Fp32Ends,
+        device: torch.device,
+        packages: Mapping[Signature, Path],
+        dtype: torch.dtype,
+    ):
+        """Open the packages for a network whose weights, of `dtype`, are on `device`."""
+        parts = {signature.part for signature in packages}
         self.is_capturable = device.type == "cuda"
+        self.has_shallow_pass = "shallow" in parts
         self._network = network
+        self._parts = {part: _part(network, part, dtype) for part in parts}
         self._packages = {
-            signature: Package(path, network, device) for signature, path in packages.items()
+            signature: Package(path, self._parts[signature.part], device)
+            for signature, path in packages.items()
         }
 
     @classmethod
@@ -69,7 +97,8 @@ class CompiledUNet(Engine):
         missing = [path.name for path in paths.values() if not path.is_file()]
         if missing:
             raise SetupError(f"{folder} lacks {', '.join(missing)}; assemble it again")
-        return cls(network, torch.device(settings.device), paths)
+        dtype = torch_dtype(settings.precision)
+        return cls(network, torch.device(settings.device), paths, dtype)
 
     @property
     def network(self) -> nn.Module:
@@ -80,7 +109,7 @@ class CompiledUNet(Engine):
         """See `Engine`."""
         shape = (height, width, tokens)
         return tuple(
-            sorted(s.rows for s in self._packages if (s.height, s.width, s.tokens) == shape)
+            sorted({s.rows for s in self._packages if (s.height, s.width, s.tokens) == shape})
         )
 
     @torch.inference_mode()
@@ -89,12 +118,23 @@ class CompiledUNet(Engine):
         inputs = [tensor.contiguous() for tensor in in_order(tensors)]
         rows, _, height, width = tensors["sample"].shape
         tokens = tensors["encoder_hidden_states"].shape[1]
-        package = self._packages.get(Signature(height, width, tokens, rows))
-        return {"noise_pred": (package or self._network)(*inputs)}
+        part = ""
+        if self.has_shallow_pass:
+            part = "shallow" if "deep" in tensors else "whole"
+        if part == "shallow":
+            inputs = [tensors["deep"].contiguous(), *inputs]
+        package = self._packages.get(Signature(height, width, tokens, rows, part))
+        answer = (package or self._parts[part])(*inputs)
+        if part != "whole":
+            return {"noise_pred": answer}
+        noise_pred, deep = answer
+        return {"noise_pred": noise_pred, "deep": deep}
 
 
 def build(folder: Path, settings: LoopSettings, report: Callable[[str], None]) -> None:
     """Compile a package for every one of `settings.sizes` with every one of `settings.buckets`.
+
+    With `settings.step_cache` there are two each, one for either pass.
 
     Several are compiled at a time, each in a process of its own, where there are cores for it.
 
@@ -108,29 +148,44 @@ def build(folder: Path, settings: LoopSettings, report: Callable[[str], None]) -
     on_cpu = dataclasses.replace(settings, device="cpu")
     signatures = _signatures(_load_fused(folder, on_cpu), settings)
     cache = PackageCache(folder / "config.json", settings.devices[0], settings.precision)
-    missing = [s for s in signatures if not cache.take(dataclasses.asdict(s), folder / s.file)]
+    missing = [s for s in signatures if not cache.take(s.facts, folder / s.file)]
     if len(missing) < len(signatures):
         report(f"{len(signatures) - len(missing)} packages were compiled before")
     jobs = {s.file: (_build_one, (folder, settings, s)) for s in missing}
-    shapes = {s.file: dataclasses.asdict(s) for s in missing}
+    shapes = {s.file: s.facts for s in missing}
     for name in build_apart(jobs, report):
         cache.keep(shapes[name], folder / name)
 
 
 def _build_one(folder: Path, settings: LoopSettings, signature: Signature) -> None:
     network = _load_fused(folder, settings)
+    dtype = torch_dtype(settings.precision)
     inputs = _example(network, signature, torch.device(settings.device))
-    compile_package(network, inputs, folder / signature.file)
-    check_package(folder / signature.file, network, inputs)
+    if signature.part == "shallow":
+        with torch.inference_mode():
+            _, deep = WholePass(network.unet, dtype)(*inputs)
+        inputs = (deep.clone(), *inputs)
+    module = _part(network, signature.part, dtype)
+    compile_package(module, inputs, folder / signature.file)
+    check_package(folder / signature.file, module, inputs)
+
+
+def _part(network: Fp32Ends, part: str, dtype: torch.dtype) -> nn.Module:
+    if not part:
+        return network
+    return {"whole": WholePass, "shallow": ShallowPass}[part](network.unet, dtype).eval()
 
 
 def _signatures(network: Fp32Ends, settings: LoopSettings) -> list[Signature]:
     """Sizes come in pixels, the native one first, which the UNet's configuration has in latents."""
     config: Any = network.unet.config
     scale = settings.sizes[0][0] // config.sample_size
+    parts = ("whole", "shallow") if settings.step_cache else ("",)
     return [
-        Signature(height // scale, width // scale, TOKENS, rows)
-        for (width, height), rows in itertools.product(settings.sizes, settings.buckets)
+        Signature(height // scale, width // scale, TOKENS, rows, part)
+        for (width, height), rows, part in itertools.product(
+            settings.sizes, settings.buckets, parts
+        )
     ]
 
 

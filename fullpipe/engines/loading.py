@@ -23,6 +23,7 @@ from fullpipe.engines.network import (
     NetworkVaeDecoder,
     NetworkVaeEncoder,
 )
+from fullpipe.engines.shallow import SHALLOW_LAYERS
 from fullpipe.errors import SetupError
 from fullpipe.stages import VaeDecoder
 from fullpipe.text.clip import ClipTextModel
@@ -48,7 +49,9 @@ def load_unet(folder: Path, config: PipelineConfig, device: str) -> Engine:
         if settings.engine == "torch":
             from fullpipe.engines.torch_engine import TorchUNet
 
-            return TorchUNet(folder, device=settings.device, dtype=dtype)
+            return TorchUNet(
+                folder, device=settings.device, dtype=dtype, step_cache=settings.step_cache
+            )
         _check(folder, config)
         if settings.engine == "compiled":
             from fullpipe.engines.compiled_engine import CompiledUNet
@@ -137,6 +140,7 @@ def engine_key(config: PipelineConfig) -> Key:
         buckets=settings.buckets,
         gpu=gpu,
         libraries=libraries,
+        shallow_layers=SHALLOW_LAYERS if settings.step_cache else 0,
     )
 
 

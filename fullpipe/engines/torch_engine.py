@@ -18,6 +18,7 @@ from torch import nn
 
 from fullpipe.engines import Engine, full_fp32, in_order
 from fullpipe.engines.onednn import pack, share_twins
+from fullpipe.engines.shallow import ShallowPass, WholePass
 from fullpipe.engines.twins import Share, deal
 from fullpipe.errors import SetupError
 
@@ -28,10 +29,20 @@ _GPU_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 class TorchUNet(Engine):
     """A diffusers UNet folder as an `Engine`."""
 
-    def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        step_cache: bool = False,
+    ):
         """Load config.json and the safetensors of `folder`; raises what `load_network` raises."""
-        self._network = pack(load_network(folder, device=device, dtype=dtype))
-        self._shares_twins = share_twins(self._network.unet)
+        network = pack(load_network(folder, device=device, dtype=dtype))
+        self.has_shallow_pass = step_cache
+        self._whole = WholePass(network.unet, dtype) if step_cache else network
+        self._shallow = ShallowPass(network.unet, dtype) if step_cache else None
+        self._shares_twins = share_twins(network.unet)
         self.is_capturable = torch.device(device).type == "cuda"
         self._cores = 1 if self.is_capturable else torch.get_num_threads()
         self._threads = ThreadPoolExecutor(
@@ -44,35 +55,38 @@ class TorchUNet(Engine):
 
     def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Predict noise for every row; see `Engine`."""
-        rows = len(tensors["sample"])
-        if rows < self._cores:
-            return {"noise_pred": self._predict(*in_order(tensors))}
-        if self._shares_twins:
-            return {"noise_pred": self._predict_shares(**tensors)}
-        if self._cores == 1:
-            return {"noise_pred": self._predict(*in_order(tensors))}
-        shares = (tensor.tensor_split(self._cores) for tensor in in_order(tensors))
-        return {"noise_pred": torch.cat(list(self._threads.map(self._predict, *shares)))}
+        if len(tensors["sample"]) < self._cores or (self._cores == 1 and not self._shares_twins):
+            outputs = self._predict(tensors)
+        elif self._shares_twins:
+            outputs = self._predict_shares(tensors)
+        else:
+            split = {name: tensor.tensor_split(self._cores) for name, tensor in tensors.items()}
+            shares = [{name: parts[n] for name, parts in split.items()} for n in range(self._cores)]
+            answers = list(self._threads.map(self._predict, shares))
+            outputs = tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
+        return dict(zip(("noise_pred", "deep"), outputs, strict=False))
 
     @torch.inference_mode()
-    def _predict_shares(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> torch.Tensor:
-        noise_pred = torch.empty_like(sample)
-
-        @torch.inference_mode()
-        def predict(share: Share) -> None:
+    def _predict_shares(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        def predict(share: Share) -> tuple[torch.Tensor, ...]:
             unlike = share.rows[: share.unlike]
-            noise_pred[share.rows] = self._predict(
-                sample[unlike], timestep[unlike], encoder_hidden_states[share.rows]
-            )
+            rows = {"sample": unlike, "timestep": unlike}
+            return self._predict({n: t[rows.get(n, share.rows)] for n, t in tensors.items()})
 
-        list(self._threads.map(predict, deal(sample, timestep, self._cores)))
-        return noise_pred
+        shares = deal(tensors["sample"], tensors["timestep"], self._cores)
+        answers = list(self._threads.map(predict, shares))
+        order = torch.tensor([row for share in shares for row in share.rows]).argsort()
+        return tuple(torch.cat(parts)[order] for parts in zip(*answers, strict=True))
 
     @torch.inference_mode()
-    def _predict(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self._network(*inputs)
+    def _predict(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """noise_pred, and deep where there is one, of tensors by name."""
+        inputs = in_order(tensors)
+        if "deep" in tensors:
+            assert self._shallow is not None
+            return (self._shallow(tensors["deep"], *inputs),)
+        answer = self._whole(*inputs)
+        return answer if isinstance(answer, tuple) else (answer,)
 
 
 class Fp32Ends(nn.Module):

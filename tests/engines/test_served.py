@@ -1,10 +1,11 @@
 """A pipeline of ONNX engines on a real Triton Inference Server, with others beside it.
 
-One of them has lost the end of its UNet, one decodes in the loop's process.
+One of them has lost the end of its UNet, one decodes in the loop's process and caches steps.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import urllib.request
 
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from fullpipe.assemble import Choices, assemble
-from fullpipe.client import Client
+from fullpipe.cli import main
+from fullpipe.client import Client, Picture
 from fullpipe.config import Limits, LoopSettings
+from fullpipe.engines.torch_engine import TorchUNet
 from fullpipe.errors import InvalidRequest, PipelineError
 from fullpipe.local import LocalPipeline
 from fullpipe.server import ServerConfig, TritonServer
@@ -32,7 +35,8 @@ def served(checkpoint, tmp_path_factory):
     sizes = Limits(max_size_px=256)
     assemble(checkpoint, repository, Choices(loop=onnx, limits=sizes))
     assemble(checkpoint, repository, Choices(name="cut", loop=onnx))
-    assemble(checkpoint, repository, Choices(name="near", loop=LoopSettings(vae="loop")))
+    near = LoopSettings(vae="loop", step_cache=True)
+    assemble(checkpoint, repository, Choices(name="near", loop=near))
     weights = repository / "cut_scheduler_model" / "1" / "unet" / "unet.onnx.data"
     weights.write_bytes(weights.read_bytes()[:-5000])
     lines: list[str] = []
@@ -76,6 +80,31 @@ def test_a_decoder_in_the_loop_gives_the_same_pixels(served, config, demo_unet, 
     with urllib.request.urlopen(url, timeout=5) as answer:
         (statistics,) = json.load(answer)["model_stats"]
     assert statistics["inference_count"] == 0, "the model was called all the same"
+
+
+def test_step_caching_over_http(served, client, config, checkpoint, demo_stages, tmp_path):
+    near = Client(served[0].url, pipeline="near", timeout_s=60)
+    unet = TorchUNet(checkpoint / "unet", step_cache=True)
+    with LocalPipeline(config, [unet], demo_stages) as pipeline:
+        own, exact = (pipeline.generate(prompt=RED, step_cache=n, **SMALL) for n in (2, 1))
+    assert np.abs(own.images.astype(int) - exact.images).max() > 2, "nothing was cached"
+    picture = near.generate(RED, step_cache=2, **SMALL)
+    # Threads are shared out differently in this process, so single levels may differ.
+    assert np.abs(picture.pixels.astype(int) - own.images).max() <= 1
+    assert picture.info["step_cache"] == 2
+    body = json.dumps({"prompt": RED, "step_cache": 2, "output_format": "png", **SMALL}).encode()
+    with urllib.request.urlopen(f"{served[0].url}/v2/models/near/generate", body, 60) as answer:
+        png = base64.b64decode(json.load(answer)["image"])
+    assert np.array_equal(Picture({}, [png]).pixels, picture.pixels)
+    options = [f"--{name}={value}" for name, value in {**SMALL, "step-cache": 2}.items()]
+    out = tmp_path / "streamed.png"
+    argv = ["generate", RED, "-o", str(out), "--pipeline", "near", "--url", served[0].url]
+    assert main([*argv, *options]) == 0
+    assert np.array_equal(Picture({}, [out.read_bytes()]).pixels, picture.pixels)
+    with pytest.raises(InvalidRequest, match="step_cache=2 is not served by this pipeline"):
+        client.generate(RED, step_cache=2, **SMALL)
+    facts = {pipeline.name: pipeline.facts for pipeline in client.pipelines()}
+    assert facts["near"]["step_cache"] and not facts["full_pipeline"]["step_cache"]
 
 
 def test_a_broken_pipeline_is_named_and_the_other_one_serves_on(served, client):
