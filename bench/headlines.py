@@ -124,6 +124,7 @@ def _diffusers(result: dict) -> list[tuple[str, str]]:
 _GPU_WORDS = {
     "gpu_sd1": "SD1.5's architecture",
     "gpu_sdxl": "SDXL's architecture",
+    "gpu_sdxl_served": "SDXL's architecture, served again with CLIP on tensor cores",
     "gpu": "a checkpoint",
 }
 

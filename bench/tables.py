@@ -216,6 +216,8 @@ def gpu(result: dict) -> str:
         table(["UNet", "assembling s", "ready after s"], starts),
         table(["relative error against fp32", ""], list(networks["relative_error"].items())),
     ]
+    if "left_out" in result:
+        parts.append(f"Left out: {result['left_out']}.")
     if result.get("rivals"):
         parts.append(_rivals(result["loop"]["one_at_a_time"], result["rivals"]))
     return "\n\n".join(parts)

@@ -162,8 +162,13 @@ class Sender:
 def call_model(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
     """Call another model of this server and wait for it; from any thread.
 
+    Tensors travel in the CPU's memory both ways. Triton 2.51 would copy inputs there all the same,
+    and does not end by itself any more once a model has got GPU tensors from another one.
+
+    Args:
+        inputs: numpy arrays, torch tensors on the CPU and strings by name.
     Returns:
-        Output name to Triton tensor.
+        Output name to Triton tensor, on the CPU.
     Raises:
         PipelineError: what the model answered, under the same code.
     """
@@ -171,6 +176,7 @@ def call_model(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
         model_name=model,
         requested_output_names=list(outputs),
         inputs=[tensor(name, value) for name, value in inputs.items()],
+        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         parameters=seal_parameters(),
     ).exec()
     if answer.has_error():

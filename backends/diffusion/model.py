@@ -96,9 +96,12 @@ def unet(folder, config):
     from fullpipe.engines.loading import load_unet
 
     engine = load_unet(folder / "unet", pipeline_config(folder), config.device)
-    return lambda inputs: engine.run(
-        {name: from_numpy(value).to(config.device) for name, value in inputs.items()}
-    )
+
+    def stage(inputs):
+        tensors = {name: from_numpy(value).to(config.device) for name, value in inputs.items()}
+        return {"noise_pred": engine.run(tensors)["noise_pred"].cpu()}
+
+    return stage
 
 
 def vae_decoder(folder, config):

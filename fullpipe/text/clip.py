@@ -261,6 +261,7 @@ def load_clip(
         torch.device(device).type == "cuda"
         and dtype == torch.float32
         and weights_dtype == torch.float16
+        and "dtype" in torch.ops.aten.mm.overloads()  # fp16 products in fp32, from torch 2.8 on
     )
     linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, _Linear)}
     found: dict[str, torch.Tensor] = {}

@@ -49,8 +49,6 @@ class TritonPythonModel:
                 stages = BlsStages(config)
         except SetupError as error:
             raise triton.abort_loading(error) from error
-        devices = (torch.device(name).type for name in config.loop.devices)
-        self._calls_gpu_models = config.loop.unet != "loop" and "cuda" in devices
         self._metrics = triton.TritonMetrics(config.name)
         self._traces = LoopTraces.from_environment(config.name)
         self._pipeline = Pipeline(config, unets, stages, self._metrics, end_process)
@@ -75,10 +73,6 @@ class TritonPythonModel:
         self._metrics.close()
         if self._traces:
             self._traces.close()
-        if self._calls_gpu_models:
-            # Triton 2.51 does not end a process that has exchanged GPU tensors with other models:
-            # it waits for a thread of its own that waits for the server.
-            os._exit(0)
 
     def _take(self, sender, inputs, context):
         def reply(outcome):
@@ -119,7 +113,8 @@ class BlsUNet(Engine):
 
     def run(self, tensors):
         """See `fullpipe.engines.Engine`."""
-        outputs = triton.call_model(self._model, tensors, ["noise_pred"])
+        inputs = {name: tensor.cpu() for name, tensor in tensors.items()}
+        outputs = triton.call_model(self._model, inputs, ["noise_pred"])
         noise_pred = torch.from_dlpack(outputs["noise_pred"].to_dlpack())
         return {"noise_pred": noise_pred.to(self._device)}
 
