@@ -37,8 +37,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add(
         "--vae",
         choices=("bls", "loop"),
-        default=loop.vae,
-        help="its decoder: a model, or there too",
+        help="its decoder: a model, or there too; left out: there for compiled on a GPU",
     )
     add(
         "--defaults",
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             sizes=args.sizes or [],
             unet=args.unet,
-            vae=args.vae,
+            vae=args.vae or _vae(args),
             max_rows=args.max_rows,
             step_cache=args.step_cache,
         ),
@@ -80,6 +79,12 @@ def run(args: argparse.Namespace) -> int:
         meter.clear()
     print(f"serve it with: fullpipe serve {args.out}")
     return 0
+
+
+def _vae(args: argparse.Namespace) -> str:
+    """Two processes take turns on a GPU; a decoder in the loop's overlaps with other steps."""
+    is_beside = args.engine == "compiled" and args.unet == "loop" and args.device != "cpu"
+    return "loop" if is_beside else "bls"
 
 
 def _sizes(text: str) -> list[list[int]]:

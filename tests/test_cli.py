@@ -1,5 +1,6 @@
 """The command line: its usage, its files and its errors; then against a real server."""
 
+import argparse
 import json
 import os
 import pty
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fullpipe import contract
+from fullpipe import assemble_command, contract
 from fullpipe.cli import main
 from fullpipe.client import Picture
 from fullpipe.generate import describe, name_output, write
@@ -52,6 +53,27 @@ class TestUsage:
             elif not tensor.name.endswith("_b64"):
                 assert f"--{tensor.name.replace('_', '-')} " in text
         assert "b64" not in text
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ("", "bls"),
+            ("--device cuda", "bls"),
+            ("--device cuda --engine compiled", "loop"),
+            ("--device cuda:0,cuda:1 --engine compiled", "loop"),
+            ("--engine compiled", "bls"),
+            ("--device cuda --engine compiled --unet bls", "bls"),
+            ("--device cuda --engine compiled --vae bls", "bls"),
+            ("--vae loop", "loop"),
+        ],
+    )
+    def test_where_the_decoder_runs(self, monkeypatch, options, expected):
+        made = []
+        monkeypatch.setattr("fullpipe.assemble.assemble", lambda *told, **_: made.append(told[2]))
+        parser = argparse.ArgumentParser()
+        assemble_command.add_options(parser)
+        assemble_command.run(parser.parse_args(["checkpoint", *options.split()]))
+        assert made[0].loop.vae == expected
 
     @pytest.mark.parametrize("command", ["models", "assemble", "serve", "check"])
     def test_every_command_explains_itself(self, capsys, command):
