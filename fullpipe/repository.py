@@ -131,7 +131,7 @@ def _write_stages(
         for part in parts:
             if (checkpoint / part).is_dir():
                 link_part(checkpoint, part, version / part)
-        if stage == "unet" or engine != "torch":
+        if stage in ("unet", "vae_decoder") or engine != "torch":
             config.save(version / "pipeline.json")
 
 

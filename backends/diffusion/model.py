@@ -106,15 +106,10 @@ def unet(folder, config):
 
 def vae_decoder(folder, config):
     """latents → images."""
-    dtype = stage_dtype(config)
-    if config.engine != "torch":
-        from fullpipe.engines.loading import load_vae_decoder
+    stage_dtype(config)
+    from fullpipe.engines.loading import load_vae_decoder
 
-        decoder = load_vae_decoder(folder / "vae", pipeline_config(folder), config.device)
-    else:
-        from fullpipe.stages import VaeDecoder
-
-        decoder = VaeDecoder(folder / "vae", device=config.device, dtype=dtype)
+    decoder = load_vae_decoder(folder / "vae", pipeline_config(folder), config.device)
     return lambda inputs: {"images": decoder.decode(from_numpy(inputs["latents"]))}
 
 
