@@ -12,6 +12,9 @@ from collections.abc import Hashable, Iterable
 
 # Before a number's cost is known, a tick of it may be this empty.
 MIN_FILLED = 0.75
+# A number is tried if it is more than this part of the largest that could be filled: a row never
+# costs much less in company of few than in company of many.
+_WORTH_TRYING = 0.25
 # The first tick of a number records its graph or warms up.
 _IGNORED_TICKS = 1
 
@@ -41,9 +44,9 @@ class RowCounts:
         """
         counts = sorted(built)
         fitting = [count for count in counts if count <= allowed] or counts[:1]
-        enough = [count for count in fitting if wanted >= MIN_FILLED * count] or fitting[:1]
-        for count in reversed(enough):
-            if (kind, count) not in self._seconds:
+        filled = [count for count in fitting if wanted >= MIN_FILLED * count] or fitting[:1]
+        for count in reversed(filled):
+            if count > _WORTH_TRYING * filled[-1] and (kind, count) not in self._seconds:
                 return count
         known = [count for count in fitting if (kind, count) in self._seconds]
         return max(known, key=lambda count: min(wanted, count) / self._seconds[kind, count])
