@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench.tables import RIVAL_WORDS, table
+from bench.tables import GPU_RATIOS, RIVAL_WORDS, table
 
 OPEN, CLOSE = "<!-- figures: python -m bench.report -->", "<!-- end of figures -->"
 
@@ -30,9 +30,8 @@ def headlines(documents: dict[str, dict]) -> str:
                 [what, figure, f"`{_command(documents[name])}`"]
                 for what, figure in lines(documents[name]["result"])
             ]
-    ratios = {"together_over_one", "loop_over_bare_unet"}  # a run of some phases lacks them
     for name, document in documents.items():
-        if name in _GPU_WORDS and ratios <= set(document["result"]):
+        if name in _GPU_WORDS and set(document["result"]) >= GPU_RATIOS:
             rows += [
                 [what, figure, f"`{document['command']}`"]
                 for what, figure in _gpu(name, document["result"])

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from bench.record import store
 from bench.served import CHECKPOINT
 from demo.captions import held_out_example
+from demo.contact_sheet import sheet
 from fullpipe.assemble import Choices, assemble
 from fullpipe.config import LoopSettings
 from fullpipe.engines import Engine
@@ -39,7 +40,7 @@ from tests.picture import matches, measure
 
 SHEET = Path(__file__).parent / "plots" / "step_cache.png"
 SHEET_ROWS = 5
-MARGIN_PX = 26
+THUMB_PX = 256
 
 
 class Timed(Engine):
@@ -98,7 +99,7 @@ def main() -> None:
         choices = Choices(loop=LoopSettings(step_cache=True))
         config = assemble(CHECKPOINT, Path(name) / "repository", choices)
     unet = Timed(load_unet(CHECKPOINT / "unet", config, "cpu"))
-    by_steps, sheet = {}, None
+    by_steps, shown = {}, None
     with LocalPipeline(config, [unet], LocalStages(CHECKPOINT)) as pipeline:
 
         def draw(caption: str, seed: int, steps: int, value: int, into: Drawn) -> None:
@@ -125,9 +126,9 @@ def main() -> None:
                     draw(caption, seed, count, 1, fewer)
                 point["fewer_steps"] = {"steps": count, **fewer.measured(drawn[1], captions)}
             by_steps[str(steps)] = {str(value): point for value, point in points.items()}
-            sheet = sheet or _sheet({v: some.pictures for v, some in drawn.items()}, captions)
-    assert sheet is not None
-    sheet.quantize(256, dither=Image.Dither.NONE).save(SHEET, optimize=True)
+            shown = shown or _sheet({v: some.pictures for v, some in drawn.items()}, captions)
+    assert shown is not None
+    shown.save(SHEET, optimize=True)
     store(
         "step_cache",
         {
@@ -142,21 +143,11 @@ def main() -> None:
 
 def _sheet(pictures: Mapping[int, list[np.ndarray]], captions: list[str]) -> Image.Image:
     """Rows are captions, columns the values of `step_cache`."""
-    rows = min(SHEET_ROWS, len(captions))
-    height, width = next(iter(pictures.values()))[0].shape[:2]
-    font = ImageFont.load_default(16)
-    size = (len(pictures) * (width + 8) - 8, MARGIN_PX + rows * (height + MARGIN_PX))
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, (value, column_pictures) in enumerate(pictures.items()):
-        x = column * (width + 8)
-        draw.text((x + 4, 4), f"step_cache {value}", fill="black", font=font)
-        for row, picture in enumerate(column_pictures[:rows]):
-            sheet.paste(Image.fromarray(picture), (x, MARGIN_PX + row * (height + MARGIN_PX)))
-    for row, caption in enumerate(captions[:rows]):
-        y = (row + 1) * (height + MARGIN_PX)
-        draw.text((4, y + 3), caption, fill="black", font=font)
-    return sheet
+    rows = range(min(SHEET_ROWS, len(captions)))
+    cells = [
+        (own[row], f"{value}: {captions[row]}") for row in rows for value, own in pictures.items()
+    ]
+    return sheet(*zip(*cells, strict=True), columns=len(pictures), thumb=THUMB_PX)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,32 @@ the seats before a replay (cf. "Constraints" in PyTorch's CUDA graph notes).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 WARM_UP_RUNS = 2
+
+
+def record(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Warm up and record on the current stream, which must not be the default one.
+
+    Other threads of this process go on using the GPU meanwhile.
+
+    Args:
+        run: only queues work there.
+        pool: of memory, shared with graphs that never run at the same time; None for a new one.
+    Returns:
+        The graph, and what `run` gave: tensors that every replay fills anew.
+    """
+    for _ in range(WARM_UP_RUNS):
+        run()
+    stream = torch.cuda.current_stream()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        outputs = run()
+    return graph, outputs
 
 
 class TickGraphs:
@@ -54,24 +75,15 @@ class TickGraphs:
         recorded.graph.replay()
 
     def _record(self, packed: torch.Tensor, tick: Callable[[torch.Tensor], None]) -> _Recorded:
-        recorded = _Recorded(packed, self._device)
-        for _ in range(WARM_UP_RUNS):
-            tick(recorded.seats)
-        stream = torch.cuda.current_stream(self._device)
-        stream.synchronize()
-        # Other threads of this process go on using the GPU meanwhile.
-        with torch.cuda.graph(
-            recorded.graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            tick(recorded.seats)
-        self._pool = recorded.graph.pool()
-        return recorded
+        staging, seats = packed.pin_memory(), packed.to(self._device)
+        graph, _ = record(lambda: tick(seats), self._pool)
+        self._pool = graph.pool()
+        return _Recorded(staging, seats, graph)
 
 
-class _Recorded:
+class _Recorded(NamedTuple):
     """One graph, the seats that it reads, and the pinned memory in which the host writes them."""
 
-    def __init__(self, packed: torch.Tensor, device: torch.device):
-        self.staging = packed.pin_memory()
-        self.seats = packed.to(device)
-        self.graph = torch.cuda.CUDAGraph()
+    staging: torch.Tensor
+    seats: torch.Tensor
+    graph: torch.cuda.CUDAGraph

@@ -60,6 +60,7 @@ class _Tick:
     is_shallow: bool
     slots: int
     rows: int
+    run_rows: int | None
     started: float
     steps: list[tuple[Occupant, int, torch.Tensor | None]]
     finals: list[tuple[Occupant, torch.Tensor]]
@@ -279,7 +280,7 @@ class Loop:
         self._ticks += 1
         started = time.perf_counter()
         try:
-            group.tick(slots, self._unet)
+            run_rows = group.tick(slots, self._unet)
         except torch.AcceleratorError:
             raise  # nothing runs on that device any more
         except Exception as error:
@@ -288,7 +289,7 @@ class Loop:
         for job in dict.fromkeys(occupant.job for occupant in sitting):
             job.ticks += 1
             job.rows += rows
-        tick = _Tick(group.shape, is_shallow, len(slots), rows, started, [], [])
+        tick = _Tick(group.shape, is_shallow, len(slots), rows, run_rows, started, [], [])
         for slot, occupant in zip(slots, sitting, strict=True):
             step = int(occupant.work.table.step_of_row[occupant.position - 1])
             wants_preview = occupant.image == 0 and occupant.job.wants_preview
@@ -336,10 +337,8 @@ class Loop:
                     self._stepped(job)
             for occupant, latents in tick.finals:
                 self._store(occupant.job, occupant.image, latents.cpu())
-        shape = tick.shape
-        built = self._unet.row_counts(shape.height, shape.width, shape.tokens)
-        if fitting := [count for count in built if count >= tick.rows]:
-            self._row_counts.saw((shape, tick.is_shallow), min(fitting), tick.seconds)
+        if tick.run_rows is not None:
+            self._row_counts.saw((tick.shape, tick.is_shallow), tick.run_rows, tick.seconds)
         self._observer.tick(tick.slots, tick.rows, tick.seconds)
         self._report_load()
 

@@ -155,7 +155,7 @@ class Group:
         return self._denoised[slot].clone()
 
     @torch.inference_mode()
-    def tick(self, slots: Sequence[int], unet: Engine) -> None:
+    def tick(self, slots: Sequence[int], unet: Engine) -> int | None:
         """Advance some slots by one table row each.
 
         Nothing is written before the UNet has answered, so a failed tick may be repeated. On a GPU
@@ -164,6 +164,9 @@ class Group:
         Args:
             slots: B distinct taken slots, all of them due for a shallow pass or none.
             unet: gets B rows of the positive half, then one row for every guided slot.
+        Returns:
+            The number of rows that the engine was built for and ran, empty ones included; None
+            where it runs any number.
         """
         sitting = [self.occupant(slot) for slot in slots]
         is_shallow = sitting[0].is_shallow
@@ -193,6 +196,7 @@ class Group:
         for occupant in sitting:
             occupant.work.release_noise(occupant.position)
             occupant.position += 1
+        return rows
 
     def _advance(
         self, seats: Seats, unet: Engine, has_masks: bool, is_shallow: bool, keeps_deep: bool

@@ -23,13 +23,12 @@ from fullpipe.errors import SetupError
 SHALLOW_LAYERS = 2
 
 
-class WholePass(nn.Module):
-    """A diffusers UNet of any precision that also gives its deep features."""
-
+class _Pass(nn.Module):
     def __init__(self, unet: Any, dtype: torch.dtype):
         """
         Args:
             unet: a UNet2DConditionModel; its weights keep the names that `Fp32Ends` gives them.
+            dtype: of its weights.
         Raises:
             SetupError: it has parts that no UNet of SD1.x, SD2.x or SDXL has.
         """
@@ -37,6 +36,10 @@ class WholePass(nn.Module):
         _check(unet)
         self.unet = unet
         self._dtype = dtype
+
+
+class WholePass(_Pass):
+    """A diffusers UNet of any precision that also gives its deep features."""
 
     def forward(
         self,
@@ -72,15 +75,8 @@ class WholePass(nn.Module):
         return _leave(unet, x, skips, temb, text), x.permute(0, 2, 3, 1).contiguous()
 
 
-class ShallowPass(nn.Module):
+class ShallowPass(_Pass):
     """The outermost layers of the same UNet."""
-
-    def __init__(self, unet: Any, dtype: torch.dtype):
-        """See `WholePass`."""
-        super().__init__()
-        _check(unet)
-        self.unet = unet
-        self._dtype = dtype
 
     def forward(
         self,

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
+from fullpipe.graphs import record
 from fullpipe.text.clip import ClipTextModel
 
 # A pair of prompts of four chunks each; longer ones are bound by the work itself.
 MAX_ROWS = 8
 # The least used goes first: clip skip allows two dozen layers with every number of rows.
 MAX_GRAPHS = 16
-WARM_UP_RUNS = 2
 
 
 class _Key(NamedTuple):
@@ -78,13 +78,8 @@ class GraphedClip:
         def run() -> tuple[torch.Tensor | None, torch.Tensor | None]:
             return self._model(inputs, key.hidden_layer, needs_last=key.needs_last)
 
-        for _ in range(WARM_UP_RUNS):
-            run()
-        self._stream.synchronize()
-        if len(self._recorded) == MAX_GRAPHS:
+        graph, outputs = record(run)
+        if len(self._recorded) == MAX_GRAPHS:  # nothing runs any more: recording has waited
             self._recorded.popitem(last=False)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = run()
         recorded = self._recorded[key] = _Recorded(graph, inputs, outputs)
         return recorded
