@@ -8,6 +8,7 @@ HTTP. Without `--checkpoint` the weights are random, of the true architecture: a
     python -m bench.gpu --family sd1 [--engine compiled] [--concurrency 16] [--count 32]
     python -m bench.gpu --family sdxl --buckets 2 4 8 --concurrency 8 [--keep FOLDER] [--build-only]
     python -m bench.gpu --family sdxl --buckets 2 4 8 --step-cache 2 --phases networks loop
+    python -m bench.gpu --family sd1 --buckets 2 16 --device cuda:0,cuda:1 --phases loop
     python -m bench.gpu --checkpoint demo/checkpoint --device cpu --engine torch --precision fp32
 """
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
     parser.add_argument("--checkpoint", type=Path, help="instead of random weights")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="several, as in cuda:0,cuda:1, for `loop`")
     parser.add_argument("--engine", default="compiled")
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--buckets", type=int, nargs="+", default=[2, 4, 8, 16])
@@ -76,19 +77,25 @@ def main() -> None:
     result: dict = {
         "request": f"native size, {arguments.steps} steps, euler, cfg {arguments.cfg:g}, raw",
         "settings": dataclasses.asdict(loop),
-        "device": _device_name(arguments.device),
+        "device": _device_name(loop.devices),
     }
     with _folder(arguments.keep) as folder:
-        checkpoint = arguments.checkpoint or _random_checkpoint(arguments, folder)
+        checkpoint = arguments.checkpoint or _random_checkpoint(
+            arguments.family, loop.devices[0], folder
+        )
         repositories = {
             "loop": loop,
             # Told apart by its milliseconds a step; one picture needs one size.
             "bls": dataclasses.replace(
                 loop, unet="bls", buckets=loop.buckets[:1], step_cache=False
             ),
+            "one_device": dataclasses.replace(loop, device=loop.devices[0]),
         }
+        names = list(arguments.phases)
+        if len(loop.devices) > 1 and "loop" in names:
+            names.insert(names.index("loop") + 1, "one_device")
         for where, settings in repositories.items():
-            if where in arguments.phases:
+            if where in names:
                 result[where] = {"assemble_s": _assembled(checkpoint, folder / where, settings)}
         if arguments.build_only:
             return
@@ -98,10 +105,15 @@ def main() -> None:
             "cached": lambda: _served(
                 folder / "loop", arguments, is_whole=True, step_cache=arguments.step_cache
             ),
+            "one_device": lambda: _served(
+                folder / "one_device",
+                arguments,
+                is_whole=True,
+                concurrency=arguments.concurrency // len(loop.devices),
+            ),
             "rivals": lambda: rivals.compare(checkpoint, arguments),
             "bls": lambda: _served(folder / "bls", arguments, is_whole=False),
         }
-        names = list(arguments.phases)
         if loop.step_cache and "loop" in names:
             result["cached"] = {"step_cache": arguments.step_cache}
             names.insert(names.index("loop") + 1, "cached")
@@ -124,7 +136,14 @@ def main() -> None:
         result["together_over_one"] = round(
             together["images_per_second"] / one["images_per_second"], 3
         )
+    alone = result.get("one_device", {}).get("together")
+    if together and alone:
+        result["devices_over_one"] = round(
+            together["images_per_second"] / alone["images_per_second"], 3
+        )
     what = "gpu" if arguments.checkpoint else f"gpu_{arguments.family}"
+    if len(loop.devices) > 1:
+        what += f"_{len(loop.devices)}_devices"
     store(f"{what}_step_cache" if loop.step_cache else what, result, "gpu")
 
 
@@ -212,9 +231,15 @@ def _time(run: Callable[[], object], device: str, repeats: int = 20) -> float:
 
 
 def _served(
-    repository: Path, arguments: argparse.Namespace, *, is_whole: bool, step_cache: int = 1
+    repository: Path,
+    arguments: argparse.Namespace,
+    *,
+    is_whole: bool,
+    step_cache: int = 1,
+    concurrency: int | None = None,
 ) -> dict:
     """Start, one at a time, and together; the last only where `is_whole`."""
+    concurrency = concurrency or arguments.concurrency
     captions, seeds = prompts(), itertools.count()
     settings = ServerConfig(repository, http_port=0, grpc_port=0, metrics_port=0, log_level="error")
     started = time.perf_counter()
@@ -248,12 +273,12 @@ def _served(
             },
         }
         if is_whole:
-            load(make, arguments.concurrency, arguments.concurrency)
+            load(make, concurrency, concurrency)
             stages.clear()
             count = arguments.count * 2
-            passed, seconds, _ = load(make, count, arguments.concurrency)
+            passed, seconds, _ = load(make, count, concurrency)
             measured["together"] = {
-                "concurrency": arguments.concurrency,
+                "concurrency": concurrency,
                 "images_per_second": round(count / passed, 3),
                 **spread(seconds),
                 "stages_ms": stages.medians(),
@@ -281,21 +306,22 @@ class _Stages:
         return {n: round(float(np.median([m[n] for m in self.milliseconds])), 2) for n in names}
 
 
-def _random_checkpoint(arguments: argparse.Namespace, folder: Path) -> Path:
+def _random_checkpoint(family: str, device: str, folder: Path) -> Path:
     """The true architecture at its native size; weights are drawn where that is fast."""
     from tests.engines.reduced import TRUE, build
 
     target = folder / "checkpoint"
     if not (target / "complete").exists():
-        side = {"sd1": 64, "sdxl": 128}[arguments.family]
-        with torch.device(arguments.device):
-            build(arguments.family, target, torch.float16, sizes=TRUE, sample_size=side)
+        side = {"sd1": 64, "sdxl": 128}[family]
+        with torch.device(device):
+            build(family, target, torch.float16, sizes=TRUE, sample_size=side)
         (target / "complete").touch()
     return target
 
 
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+def _device_name(devices: list[str]) -> str:
+    names = [torch.cuda.get_device_name(d) if d.startswith("cuda") else d for d in devices]
+    return names[0] if len(names) == 1 else f"{len(names)} of {names[0]}"
 
 
 if __name__ == "__main__":

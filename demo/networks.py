@@ -17,7 +17,7 @@ TOKENS = 77
 BOS, EOS = 49406, 49407
 # At 1/1, 1/2, 1/4 and 1/8 of a picture's size. Full resolution costs a CPU the most, and flat
 # shapes ask the least of it; oneDNN's kernels take 16 channels at a time.
-VAE_CHANNELS = (16, 32, 48, 96)
+VAE_CHANNELS = (16, 16, 48, 96)
 
 
 def make_text_encoder():

@@ -1,13 +1,16 @@
-"""CUDA graphs of whole ticks: recorded at first use, replayed with one copy and one launch.
+"""CUDA graphs: recorded at first use, replayed with one copy of what is new and one launch.
 
-A graph replays the same kernels on the same addresses. So a tick reads its seats from a tensor that
-stays, and everything else from the slot tensors; who takes part is decided by what is copied into
-the seats before a replay (cf. "Constraints" in PyTorch's CUDA graph notes).
+A graph replays the same kernels on the same addresses (cf. "Constraints" in PyTorch's CUDA graph
+notes). So a tick reads its seats from a tensor that stays, and everything else from the slot
+tensors; who takes part is decided by what is copied into the seats before a replay. A function of
+tensors gets its arguments in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,3 +90,66 @@ class _Recorded(NamedTuple):
     staging: torch.Tensor
     seats: torch.Tensor
     graph: torch.cuda.CUDAGraph
+
+
+class CallGraphs:
+    """Functions of tensors as graphs, for any number of threads; the least used goes first."""
+
+    def __init__(self, device: torch.device, most: int):
+        """`most`: graphs that are kept, each with memory of its own for what it works with."""
+        self._device = device
+        self._most = most
+        self._stream = torch.cuda.Stream(device)
+        self._recorded: OrderedDict[Hashable, _RecordedCall] = OrderedDict()
+        self._turn = threading.Lock()
+
+    def call(
+        self,
+        key: Hashable,
+        inputs: Sequence[torch.Tensor],
+        run: Callable[..., Sequence[torch.Tensor | None]],
+    ) -> list[torch.Tensor | None]:
+        """`run(*inputs)`, recorded at the first call of a key.
+
+        Args:
+            key: what makes two calls the same work but for the values of their inputs: their
+                shapes and dtypes, and whatever else `run` decides by.
+            inputs: on any device.
+            run: only queues work, on inputs on the graphs' device; what it gives may hold None.
+        Returns:
+            What `run` gave, tensors on the graphs' device of their own, ready for the caller's
+            stream there.
+        """
+        caller = torch.cuda.current_stream(self._device)
+        with self._turn, torch.cuda.stream(self._stream):
+            self._stream.wait_stream(caller)
+            recorded = self._recorded.get(key) or self._record(key, inputs, run)
+            self._recorded.move_to_end(key)
+            for kept, given in zip(recorded.inputs, inputs, strict=True):
+                kept.copy_(given)
+            recorded.graph.replay()
+            outputs = [None if out is None else out.clone() for out in recorded.outputs]
+        caller.wait_stream(self._stream)
+        for out in outputs:
+            if out is not None:
+                out.record_stream(caller)
+        return outputs
+
+    def _record(
+        self,
+        key: Hashable,
+        inputs: Sequence[torch.Tensor],
+        run: Callable[..., Sequence[torch.Tensor | None]],
+    ) -> _RecordedCall:
+        kept = [tensor.to(self._device, copy=True) for tensor in inputs]
+        graph, outputs = record(lambda: run(*kept))
+        if len(self._recorded) == self._most:  # nothing runs any more: recording has waited
+            self._recorded.popitem(last=False)
+        recorded = self._recorded[key] = _RecordedCall(graph, kept, outputs)
+        return recorded
+
+
+class _RecordedCall(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[torch.Tensor]
+    outputs: Sequence[torch.Tensor | None]

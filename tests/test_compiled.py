@@ -75,6 +75,14 @@ def test_it_computes_what_torch_does(folder):
         assert relative_error(compiled.run(tensors)["noise_pred"], wanted) < 1e-5
 
 
+def test_opening_packages_asks_for_no_compiler(folder, monkeypatch):
+    def ask():
+        raise AssertionError("a load tries out what this processor can, with a compiler")
+
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", ask)
+    assert CompiledUNet.load(folder, SETTINGS).run(inputs(2))["noise_pred"].isfinite().all()
+
+
 def test_what_was_not_built_is_computed_all_the_same(folder):
     torch.manual_seed(2)
     compiled, eager = CompiledUNet.load(folder, SETTINGS), TorchUNet(folder)

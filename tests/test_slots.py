@@ -11,6 +11,7 @@ import torch
 from fullpipe.engines import Engine
 from fullpipe.errors import Cancelled, Unavailable
 from fullpipe.seats import Seats, pack_seats
+from tests.conftest import DEVICE
 
 SMALL = {"width": 128, "height": 128}
 RED = "a red circle on a white background"
@@ -101,7 +102,7 @@ def test_several_loops_share_one_line(open_pipeline, demo_unet, config):
     alone = open_pipeline()
     wanted = [alone.generate(**settings, **SMALL).latents for settings in MIXED]
     unets = [Counted(demo_unet), Counted(demo_unet)]
-    pipeline = open_pipeline(unets=unets, device="cpu, cpu")
+    pipeline = open_pipeline(unets=unets, device=f"{DEVICE}, {DEVICE}")
     futures = [pipeline.submit(**settings, **SMALL) for settings in MIXED]
     for future, latents in zip(futures, wanted, strict=True):
         difference = (future.result(timeout=60).latents - latents).abs().max()
@@ -115,7 +116,7 @@ def test_the_images_of_one_request_spread_over_loops(open_pipeline, demo_unet):
     settings = {"prompt": RED, "seed": 7, "steps": 6, "sampler_name": "dpmpp_2m_sde", "cfg": 2.0}
     wanted = open_pipeline().generate(batch_size=4, **settings, **SMALL)
     unets = [Counted(demo_unet), Counted(demo_unet)]
-    pipeline = open_pipeline(unets=unets, device="cpu,cpu")
+    pipeline = open_pipeline(unets=unets, device=f"{DEVICE},{DEVICE}")
     for _ in range(3):
         batch = pipeline.generate(batch_size=4, **settings, **SMALL)
         assert torch.allclose(batch.latents, wanted.latents, atol=1e-3)
@@ -125,7 +126,9 @@ def test_the_images_of_one_request_spread_over_loops(open_pipeline, demo_unet):
 
 
 def test_a_job_in_two_loops_is_answered_once(open_pipeline, demo_unet):
-    pipeline = open_pipeline(unets=[Counted(demo_unet), Counted(demo_unet)], device="cpu,cpu")
+    pipeline = open_pipeline(
+        unets=[Counted(demo_unet), Counted(demo_unet)], device=f"{DEVICE},{DEVICE}"
+    )
     doomed = pipeline.submit(prompt=RED, steps=150, batch_size=4, job_id="doomed", **SMALL)
     while pipeline.generate(op="progress", job_id="doomed", wait_ms=100).get("step", 0) < 1:
         pass
@@ -146,6 +149,7 @@ def test_a_recorded_tick_equals_an_eager_one(open_pipeline, checkpoint, config):
     from fullpipe.engines.torch_engine import TorchUNet
 
     eager = TorchUNet(checkpoint / "unet", device="cuda")
+    eager.is_capturable = False
     wanted = open_pipeline(unet=eager, device="cuda")
     recorded = Built(TorchUNet(checkpoint / "unet", device="cuda"), (2, 4, 8))
     recorded.run = recorded.engine.run

@@ -93,9 +93,14 @@ def text_encoder(folder, config):
 def unet(folder, config):
     """sample, timestep, encoder_hidden_states[, text_embeds, time_ids] → noise_pred."""
     stage_dtype(config)
+    import torch
+
+    from fullpipe.engines.graphed import GraphedUNet
     from fullpipe.engines.loading import load_unet
 
     engine = load_unet(folder / "unet", pipeline_config(folder), config.device)
+    if engine.is_capturable:
+        engine = GraphedUNet(engine, torch.device(config.device))
 
     def stage(inputs):
         tensors = {name: from_numpy(value).to(config.device) for name, value in inputs.items()}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+TOKENS = 77  # of one chunk of a prompt, CLIP's context length
 UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
 
 

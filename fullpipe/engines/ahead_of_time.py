@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor import aoti_compile_and_package, aoti_load_package
+from torch._inductor import aoti_compile_and_package
+from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fullpipe.errors import SetupError
@@ -85,8 +86,7 @@ class Package:
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         index = -1 if device.type == "cpu" else device.index or 0
         try:
-            # Run without its own synchronisation, which a CUDA graph could not record.
-            self._run = aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+            self._run = AOTICompiledModel(_open(path, index))
             weights = {name: tensors[name] for name in self._run.get_constant_fqns()}
             self._run.load_constants(weights, check_full_update=True, user_managed=True)
         except (RuntimeError, KeyError, ValueError) as error:
@@ -99,6 +99,19 @@ class Package:
             What the module does: a tensor, or a tuple of them.
         """
         return self._run(*inputs)
+
+
+def _open(path: Path, device_index: int) -> Any:
+    """What `torch._inductor.aoti_load_package` opens, without asking for this processor first.
+
+    It finds out what the processor can by compiling programs: 40 s, and a server needs no compiler.
+    What a package was made for is in `Key`.
+    """
+    # Run without its own synchronisation, which a CUDA graph could not record.
+    is_single_threaded, runners = True, 1
+    return torch._C._aoti.AOTIModelPackageLoader(  # type: ignore[attr-defined]
+        str(path), "model", is_single_threaded, runners, device_index
+    )
 
 
 def _outputs(answer: Any) -> tuple[torch.Tensor, ...]:

@@ -29,7 +29,7 @@ class Key:
         precision: fp32, fp16 or bf16.
         sizes: [width, height] pairs in pixels; empty where the engine takes any size.
         buckets: UNet batch rows; empty where the engine takes any number.
-        gpu: compute capability such as sm_90; "cpu"; or "any" for a portable engine.
+        gpu: compute capability such as sm_90; of a CPU "cpu AVX512"; "any" for a portable engine.
         libraries: name to version of what the engine's format or speed depends on.
         shallow_layers: layers of the last up block in a shallow pass; 0 without step caching.
     """

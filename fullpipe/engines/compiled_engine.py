@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fullpipe.config import LoopSettings
-from fullpipe.engines import Engine, in_order
+from fullpipe.engines import TOKENS, Engine, in_order
 from fullpipe.engines.ahead_of_time import Package, check_package, compile_package
 from fullpipe.engines.build_pool import build_apart
 from fullpipe.engines.loading import torch_dtype
@@ -29,8 +29,6 @@ from fullpipe.engines.torch_engine import Fp32Ends, load_network
 from fullpipe.errors import SetupError
 
 log = logging.getLogger(__name__)
-
-TOKENS = 77  # of one chunk, CLIP's context length
 
 
 @dataclasses.dataclass(frozen=True)

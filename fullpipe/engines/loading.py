@@ -145,13 +145,13 @@ def engine_key(config: PipelineConfig) -> Key:
 
 
 def gpu_architecture(device: str) -> str:
-    """Compute capability of a torch device: "sm_90", or "cpu".
+    """Compute capability of a torch device: "sm_90", or "cpu AVX512".
 
     Raises:
         SetupError: the device does not exist here.
     """
     if torch.device(device).type != "cuda":
-        return torch.device(device).type
+        return f"{torch.device(device).type} {torch.backends.cpu.get_cpu_capability()}"
     try:
         major, minor = torch.cuda.get_device_capability(device)
     except (RuntimeError, AssertionError) as error:

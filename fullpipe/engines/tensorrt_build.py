@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fullpipe.config import PipelineConfig
+from fullpipe.engines import TOKENS
 from fullpipe.engines.tensorrt_library import Library, library, logger
 from fullpipe.errors import SetupError
 from fullpipe.text.conditioning import CHUNKS_PER_FORWARD
 
-TOKENS = 77
 MAX_TOKENS = 4 * TOKENS
 """Prompt tokens that a plan takes at most; every profile reserves memory for them."""
 

@@ -6,32 +6,15 @@ running them; a graph launches them at once.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from typing import NamedTuple
-
 import torch
 
-from fullpipe.graphs import record
+from fullpipe.graphs import CallGraphs
 from fullpipe.text.clip import ClipTextModel
 
 # A pair of prompts of four chunks each; longer ones are bound by the work itself.
 MAX_ROWS = 8
-# The least used goes first: clip skip allows two dozen layers with every number of rows.
+# Clip skip allows two dozen layers with every number of rows.
 MAX_GRAPHS = 16
-
-
-class _Key(NamedTuple):
-    rows: int
-    tokens: int
-    hidden_layer: int | None
-    needs_last: bool
-
-
-class _Recorded(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    inputs: torch.Tensor
-    outputs: tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class GraphedClip:
@@ -44,42 +27,19 @@ class GraphedClip:
         self.final_layer_norm = model.final_layer_norm
         self.embed, self.project = model.embed, model.project
         self._model = model
-        self._device = model.embeddings.token_embedding.weight.device
-        self._stream = torch.cuda.Stream(self._device)
-        self._recorded: OrderedDict[_Key, _Recorded] = OrderedDict()
-        self._turn = threading.Lock()
+        self._graphs = CallGraphs(model.embeddings.token_embedding.weight.device, MAX_GRAPHS)
 
     @torch.inference_mode()
     def __call__(
         self, inputs_embeds: torch.Tensor, hidden_layer: int | None, *, needs_last: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """See `ClipTextModel.forward`; recorded at the first call of a kind."""
-        rows, tokens, _ = inputs_embeds.shape
-        if rows > MAX_ROWS:
-            return self._model(inputs_embeds, hidden_layer, needs_last=needs_last)
-        key = _Key(rows, tokens, hidden_layer, needs_last)
-        caller = torch.cuda.current_stream(self._device)
-        with self._turn, torch.cuda.stream(self._stream):
-            self._stream.wait_stream(caller)
-            recorded = self._recorded.get(key) or self._record(key, inputs_embeds)
-            self._recorded.move_to_end(key)
-            recorded.inputs.copy_(inputs_embeds)
-            recorded.graph.replay()
-            last, hidden = (None if out is None else out.clone() for out in recorded.outputs)
-        caller.wait_stream(self._stream)
-        for out in (last, hidden):
-            if out is not None:
-                out.record_stream(caller)
+
+        def run(embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+            return self._model(embeds, hidden_layer, needs_last=needs_last)
+
+        if len(inputs_embeds) > MAX_ROWS:
+            return run(inputs_embeds)
+        key = (inputs_embeds.shape, hidden_layer, needs_last)
+        last, hidden = self._graphs.call(key, [inputs_embeds], run)
         return last, hidden
-
-    def _record(self, key: _Key, example: torch.Tensor) -> _Recorded:
-        inputs = example.clone()
-
-        def run() -> tuple[torch.Tensor | None, torch.Tensor | None]:
-            return self._model(inputs, key.hidden_layer, needs_last=key.needs_last)
-
-        graph, outputs = record(run)
-        if len(self._recorded) == MAX_GRAPHS:  # nothing runs any more: recording has waited
-            self._recorded.popitem(last=False)
-        recorded = self._recorded[key] = _Recorded(graph, inputs, outputs)
-        return recorded

@@ -7,6 +7,7 @@ calls get through at any time.
 
 import json
 import os
+import queue
 import threading
 
 import numpy as np
@@ -16,7 +17,7 @@ from fullpipe import __version__
 from fullpipe import triton_adapter as triton
 from fullpipe.cache_results import results_from_environment
 from fullpipe.config import PipelineConfig
-from fullpipe.engines import Engine
+from fullpipe.engines import TOKENS, Engine
 from fullpipe.engines.loading import load_unet, load_vae_decoder
 from fullpipe.errors import SetupError
 from fullpipe.pipeline import Pipeline
@@ -110,6 +111,15 @@ class BlsUNet(Engine):
     def __init__(self, folder, config, device):
         self._model = config.models.unet
         self._device = device
+        self._loop = config.loop
+        self._scale = config.checkpoint.vae_scale_factor
+
+    def row_counts(self, height, width, tokens):
+        """See `fullpipe.engines.Engine`: those of `CompiledUNet`; the other engines take any."""
+        is_built = [width * self._scale, height * self._scale] in self._loop.sizes
+        if self._loop.engine != "compiled" or tokens != TOKENS or not is_built:
+            return ()
+        return tuple(self._loop.buckets)
 
     def run(self, tensors):
         """See `fullpipe.engines.Engine`."""
@@ -155,13 +165,17 @@ class OwnDecoder(BlsStages):
     def __init__(self, config, repository):
         super().__init__(config)
         vae = repository / config.models.vae_decoder / "1" / "vae"
-        device = config.loop.devices[0]
-        self._decoder = load_vae_decoder(vae, config, device)
-        # A compiled package runs for one thread at a time.
-        self._turn = threading.Lock()
-        self._stream = torch.cuda.Stream(device) if device.startswith("cuda") else None
+        # One for each device, in turns: a compiled package runs for one thread at a time.
+        self._idle = queue.SimpleQueue()
+        for device in config.loop.devices:
+            stream = torch.cuda.Stream(device) if device.startswith("cuda") else None
+            self._idle.put((load_vae_decoder(vae, config, device), stream))
 
     def decode_latents(self, latents):
         """See `fullpipe.pipeline.Stages`."""
-        with self._turn, torch.cuda.stream(self._stream):
-            return self._decoder.decode(latents).numpy()
+        decoder, stream = self._idle.get()
+        try:
+            with torch.cuda.stream(stream):
+                return decoder.decode(latents).numpy()
+        finally:
+            self._idle.put((decoder, stream))

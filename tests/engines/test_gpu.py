@@ -6,14 +6,16 @@ The loop's own tests run there too: `FULLPIPE_TEST_DEVICE=cuda pytest tests/test
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 
-from bench.fidelity import relative_errors
+from bench.fidelity import relative_errors, unet_inputs
 from fullpipe.assemble import Choices, assemble
 from fullpipe.config import LoopSettings
+from fullpipe.engines.graphed import GraphedUNet
 from fullpipe.engines.loading import load_unet
 from fullpipe.local import LocalPipeline
 from fullpipe.stages import LocalStages
@@ -82,3 +84,47 @@ def test_compiled_ticks_give_the_same_picture_in_company(checkpoint, tmp_path):
         assert torch.equal(one, two), "the same request twice differs"
         # Kernels for other numbers of rows round in another order.
         assert (one - other).norm() < 2e-2 * one.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_two_gpus_share_a_queue(checkpoint, tmp_path):
+    loop = dataclasses.replace(COMPILED, device="cuda:0,cuda:1")
+    config = assemble(checkpoint, tmp_path / "repository", Choices(loop=loop))
+    folder = tmp_path / "repository/scheduler_model/1/unet"
+    unets = [load_unet(folder, config, device) for device in config.loop.devices]
+    used = set()
+    for unet in unets:
+        unet.run = functools.partial(_noting_device, unet.run, used)
+    pipeline = LocalPipeline(config, unets, LocalStages(checkpoint, device="cuda"))
+    try:
+        alone = [pipeline.generate(prompt="a", **settings).latents for settings in SETTINGS]
+        for _ in range(3):
+            futures = [pipeline.submit(prompt="a", **settings) for settings in SETTINGS]
+            for one, future in zip(alone, futures, strict=True):
+                other = future.result(timeout=60).latents
+                assert torch.isfinite(other).all()
+                assert (one - other).norm() < 2e-2 * one.norm()
+        batch = pipeline.generate(prompt="a", batch_size=4, seed=1, steps=6, cfg=4.0)
+        assert (batch.latents[:1] - alone[0]).norm() < 2e-2 * alone[0].norm()
+    finally:
+        pipeline.close()
+    assert used == {torch.device("cuda", 0), torch.device("cuda", 1)}
+
+
+def _noting_device(run, used, tensors):
+    used.add(tensors["sample"].device)
+    return run(tensors)
+
+
+def test_a_graphed_unet_is_the_unet(checkpoint, tmp_path):
+    """Also where its inputs change from call to call, and with rows that it was not built for."""
+    config = assemble(checkpoint, tmp_path / "repository", Choices(loop=COMPILED))
+    folder = tmp_path / "repository/scheduler_model/1/unet"
+    unet = load_unet(folder, config, "cuda")
+    graphed = GraphedUNet(unet, torch.device("cuda"))
+    assert graphed.row_counts(16, 16, 77) == (2, 4)
+    for rows in (2, 4, 2, 3, 2):
+        inputs = unet_inputs(config, rows, "cuda")
+        wanted = unet.run(inputs)["noise_pred"].clone()
+        got = graphed.run(inputs)["noise_pred"]
+        assert (got - wanted).norm() < 1e-3 * wanted.norm(), rows
