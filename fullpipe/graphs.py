@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import torch
 
 WARM_UP_RUNS = 2
+# Starting a recording synchronises the device, and the first run of a kernel loads it: either ends
+# a recording that another thread has begun.
+_recording = threading.Lock()
 
 
 def record(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Warm up and record on the current stream, which must not be the default one.
 
-    Other threads of this process go on using the GPU meanwhile.
+    Other threads of this process go on using the GPU meanwhile; those that record wait.
 
     Args:
         run: only queues work there.
@@ -29,13 +32,14 @@ def record(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGra
     Returns:
         The graph, and what `run` gave: tensors that every replay fills anew.
     """
-    for _ in range(WARM_UP_RUNS):
-        run()
-    stream = torch.cuda.current_stream()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        outputs = run()
+    with _recording:
+        for _ in range(WARM_UP_RUNS):
+            run()
+        stream = torch.cuda.current_stream()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = run()
     return graph, outputs
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor import aoti_compile_and_package
+from torch._inductor import aoti_compile_and_package, config
 from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -45,7 +45,11 @@ def compile_package(module: nn.Module, inputs: Sequence[torch.Tensor], path: Pat
         inputs: an example of each positional input; their values do not matter.
         path: the package, `*.pt2`; its folder exists.
     """
-    with torch.no_grad(), _fast_attention():
+    # Which instructions the host's part may use is tried out by compiling and running programs,
+    # 10 s each. For a GPU's host part, what the processor says is good enough.
+    is_for_gpu = inputs[0].device.type == "cuda"
+    trust = config.patch({"cpp.vec_isa_ok": True}) if is_for_gpu else contextlib.nullcontext()
+    with torch.no_grad(), _fast_attention(), trust:
         exported = torch.export.export(module, tuple(inputs))
         # It writes into the options that it is given.
         aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(OPTIONS))

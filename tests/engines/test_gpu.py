@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fullpipe.assemble import Choices, assemble
 from fullpipe.config import LoopSettings
 from fullpipe.engines.graphed import GraphedUNet
 from fullpipe.engines.loading import load_unet
+from fullpipe.graphs import CallGraphs
 from fullpipe.local import LocalPipeline
 from fullpipe.stages import LocalStages
 from fullpipe.text import PromptEncoder
@@ -114,6 +116,30 @@ def test_two_gpus_share_a_queue(checkpoint, tmp_path):
 def _noting_device(run, used, tensors):
     used.add(tensors["sample"].device)
     return run(tensors)
+
+
+def test_threads_record_one_after_the_other():
+    """Recording at the same time would end each other's recordings."""
+    device, errors = torch.device("cuda"), []
+    weights = torch.randn(256, 256, device=device)
+
+    def work():
+        try:
+            graphs = CallGraphs(device, most=4)
+            for rows in range(1, 9):
+                given = torch.randn(rows, 256, device=device)
+                for _ in range(2):
+                    (got,) = graphs.call(rows, [given], lambda x: [(x @ weights).softmax(1)])
+                    torch.testing.assert_close(got, (given @ weights).softmax(1))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
 
 
 def test_a_graphed_unet_is_the_unet(checkpoint, tmp_path):
