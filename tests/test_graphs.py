@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from fullpipe import graphs
 
 
 def test_one_thread_records_at_a_time_with_a_stand_in_for_cuda(monkeypatch):
-    inside, most = [], []
+    inside, most, collecting = [], [], []
 
     @contextlib.contextmanager
     def graph(recorded, *, pool, stream, capture_error_mode):
@@ -23,6 +24,7 @@ def test_one_thread_records_at_a_time_with_a_stand_in_for_cuda(monkeypatch):
     def run():
         inside.append(None)
         most.append(len(inside))
+        collecting.append(gc.isenabled())
         time.sleep(0.002)
         inside.pop()
         return ["output"]
@@ -42,3 +44,6 @@ def test_one_thread_records_at_a_time_with_a_stand_in_for_cuda(monkeypatch):
     assert answers == [("graph", ["output"])] * 4
     assert len(most) == 4 * (graphs.WARM_UP_RUNS + 1)
     assert set(most) == {1}
+    recorded = graphs.WARM_UP_RUNS
+    assert not any(collecting[recorded :: recorded + 1]), "garbage was collected while recording"
+    assert gc.isenabled()

@@ -28,9 +28,13 @@ def build_apart(jobs: Mapping[str, Job], report: Callable[[str], None]) -> Itera
     """
     if not jobs:
         return
-    workers = max(1, min(len(jobs), (os.cpu_count() or 1) // CORES_PER_BUILD))
+    cores = len(os.sched_getaffinity(0))
+    workers = max(1, min(len(jobs), cores // CORES_PER_BUILD))
     report(f"compiling {len(jobs)} packages, {workers} at a time")
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, spawn, initializer=_share_cores, initargs=(max(1, cores // workers),)
+    ) as pool:
         names = {pool.submit(_timed, *job): name for name, job in jobs.items()}
         for number, future in enumerate(as_completed(names), start=1):
             name = names[future]
@@ -47,6 +51,13 @@ def build_apart(jobs: Mapping[str, Job], report: Callable[[str], None]) -> Itera
                 raise SetupError(f"{name} could not be compiled: {first_line(error)}") from error
             report(f"{number} of {len(jobs)}: {name}, {seconds:.0f} s")
             yield name
+
+
+def _share_cores(cores: int) -> None:
+    """Inductor would start as many compiling processes as there are cores, for each build."""
+    from torch._inductor import config
+
+    config.compile_threads = cores
 
 
 def _timed(function: Callable[..., None], arguments: tuple[Any, ...]) -> float:
