@@ -138,9 +138,13 @@ def main() -> None:
         )
     alone = result.get("one_device", {}).get("together")
     if together and alone:
-        result["devices_over_one"] = round(
-            together["images_per_second"] / alone["images_per_second"], 3
-        )
+        over_one = round(together["images_per_second"] / alone["images_per_second"], 3)
+        result["devices_over_one"] = over_one
+        result["headline"] = {
+            "what": f"{result['device']} behind one queue, {together['concurrency']} at a time,"
+            f" against one with {alone['concurrency']}: {result['request']}",
+            "figure": f"{together['images_per_second']:.1f} pictures a second, {over_one:.2f} ×",
+        }
     what = "gpu" if arguments.checkpoint else f"gpu_{arguments.family}"
     if len(loop.devices) > 1:
         what += f"_{len(loop.devices)}_devices"

@@ -93,15 +93,17 @@ def read(folder: Path) -> dict[str, dict]:
 
 def build(documents: dict[str, dict], plot_folder: Path | None) -> str:
     """The page of these results; writes plots unless there is no folder for them."""
-    known = {section.name for section in SECTIONS}
-    others = [_section_of(name) for name in documents if name not in known]
-    sections = [*SECTIONS, *others]
     parts = [
-        _section(section, documents[section.name], plot_folder)
-        for section in sections
-        if section.name in documents
+        _section(section, documents[section.name], plot_folder) for section in sections(documents)
     ]
     return "\n".join([INTRODUCTION, *parts])
+
+
+def sections(documents: dict[str, dict]) -> list[Section]:
+    """How each of these results is shown, in the order of the page."""
+    known = {section.name for section in SECTIONS}
+    others = [_section_of(name) for name in documents if name not in known]
+    return [section for section in (*SECTIONS, *others) if section.name in documents]
 
 
 def _section_of(name: str) -> Section:
@@ -109,6 +111,9 @@ def _section_of(name: str) -> Section:
     benchmark, _, what = name.partition("_")
     if benchmark == "gpu":
         return Section(name, f"On a GPU: {_words(what) or 'a checkpoint'}", tables.gpu)
+    if name.startswith("unet_profile_"):
+        title = f"Where a UNet call's time goes: {_words(name.removeprefix('unet_profile_'))}"
+        return Section(name, title, tables.unet_profile, plots.unet_profile)
     if name.startswith("perf_analyzer_"):
         title = f"perf_analyzer: {name.removeprefix('perf_analyzer_')}"
         return Section(name, title, tables.perf_analyzer, plots.perf_analyzer)

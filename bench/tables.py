@@ -245,6 +245,34 @@ def _rivals(one: dict, rivals: dict[str, dict]) -> str:
     return "\n\n".join([table(columns, rows), *failed])
 
 
+def unet_profile(result: dict) -> str:
+    """Milliseconds of a UNet call by kind of kernel, and the longest kernels of the last one."""
+    by_rows = result["by_rows"]
+    kinds = dict.fromkeys(kind for measured in by_rows.values() for kind in measured["kinds"])
+    rows = [
+        [kind]
+        + [
+            f"{found['ms']:.2f} ({found['percent']:.0f} %)" if found else None
+            for found in (measured["kinds"].get(kind) for measured in by_rows.values())
+        ]
+        for kind in kinds
+    ]
+    rows.append(
+        ["all kernels", *(f"{measured['kernels_ms']:.2f}" for measured in by_rows.values())]
+    )
+    most = list(by_rows)[-1]
+    longest = [[k["ms"], k["calls"], f"`{k['kernel']}`"] for k in by_rows[most]["longest"][:10]]
+    parts = [
+        f"{result['network']}, on {result['device']}.",
+        table(["kind of kernel", *(f"{count} rows, ms" for count in by_rows)], rows),
+        f"The longest of {most} rows:",
+        table(["ms", "calls", "kernel"], longest),
+    ]
+    if "note" in result:
+        parts.insert(1, f"{result['note']}.")
+    return "\n\n".join(parts)
+
+
 def advance(result: dict) -> str:
     """Milliseconds by latent size and slots."""
     measured = {(r["latent"], r["slots"]): r for r in result["advance"]}

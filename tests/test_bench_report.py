@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import Image
 
-from bench import headlines, report, tables
+from bench import headlines, report, tables, unet_profile
 from bench.record import RESULTS
 
 
@@ -36,7 +36,7 @@ def test_every_plot_is_there_and_is_a_picture(documents):
 def test_plots_are_drawn_from_results(documents, tmp_path):
     report.build(documents, tmp_path)
     drawn = {path.stem for path in tmp_path.glob("*.png")}
-    assert drawn == {s.name for s in report.SECTIONS if s.plot and s.name in documents}
+    assert drawn == {section.name for section in report.sections(documents) if section.plot}
 
 
 def test_missing_results_are_left_out_and_unknown_ones_shown(documents):
@@ -125,3 +125,32 @@ def test_agreement_and_batching_hold_in_the_stored_results(documents):
     assert 0.9 <= documents["perf_analyzer"]["result"]["agreement"]["perf_analyzer_over_own"] <= 1.1
     over = documents["continuous"]["result"]["continuous_over_at_the_highest_load"]["static"]
     assert over["images_per_second"] > 1 and over["p99_ms"] < 1
+
+
+def test_kernels_are_told_apart_by_their_names():
+    wanted = {
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
+        "sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc": "convolution",
+        "nvjet_sm90_hsh_168x128_64x5_1x2_h_bz_coopA_bias_TNN": "matrix product",
+        "triton_per_fused_add_convolution_native_group_norm_silu_31": "norms: sums",
+        "triton_poi_fused_convolution_native_group_norm_silu_117": "norms applied",
+        "triton_poi_fused_gelu_mul_split_view_17": "element by element",
+        "triton_tem_fused_mm_3": "matrix product, by Triton",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "ncclKernel": "other",
+    }
+    assert {name: unet_profile.kind_of(name) for name in wanted} == wanted
+
+
+def test_a_profile_adds_up_and_is_shown(tmp_path):
+    kernels = [("sdpa", 2.0, 1.0), ("nvjet", 1.0, 3.0), ("triton_poi_fused_mul", 4.0, 1.0)]
+    by_rows = {"2": unet_profile.by_kind(kernels), "16": unet_profile.by_kind(kernels[:2])}
+    assert by_rows["2"]["kernels_ms"] == 5.0
+    assert by_rows["2"]["kinds"]["matrix product"] == {"ms": 3.0, "percent": 60.0, "kernels": 1}
+    assert by_rows["2"]["longest"][0]["kernel"] == "nvjet"
+    result = {"network": "a UNet", "device": "no GPU: made by hand", "by_rows": by_rows}
+    document = {"command": "c", "machine": {}, "versions": {}, "result": result}
+    page = report.build({"unet_profile_sd1": document}, tmp_path)
+    assert "| matrix product | 3.00 (60 %) | 3.00 (75 %) |" in page
+    assert "| element by element | 1.00 (20 %) | – |" in page
+    assert (tmp_path / "unet_profile_sd1.png").stat().st_size > 5000
