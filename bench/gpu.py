@@ -31,6 +31,7 @@ import torch
 
 from bench import rivals
 from bench.fidelity import relative_errors, unet_inputs
+from bench.headlines import GPU_WORDS
 from bench.record import spread, store
 from bench.served import load, prompts
 from fullpipe.assemble import Choices, assemble
@@ -136,16 +137,17 @@ def main() -> None:
         result["together_over_one"] = round(
             together["images_per_second"] / one["images_per_second"], 3
         )
+    what = "gpu" if arguments.checkpoint else f"gpu_{arguments.family}"
     alone = result.get("one_device", {}).get("together")
     if together and alone:
         over_one = round(together["images_per_second"] / alone["images_per_second"], 3)
         result["devices_over_one"] = over_one
         result["headline"] = {
-            "what": f"{result['device']} behind one queue, {together['concurrency']} at a time,"
-            f" against one with {alone['concurrency']}: {result['request']}",
+            "what": f"{GPU_WORDS[what]} on {result['device']} behind one queue,"
+            f" {together['concurrency']} at a time, against one with {alone['concurrency']}:"
+            f" {result['request']}",
             "figure": f"{together['images_per_second']:.1f} pictures a second, {over_one:.2f} ×",
         }
-    what = "gpu" if arguments.checkpoint else f"gpu_{arguments.family}"
     if len(loop.devices) > 1:
         what += f"_{len(loop.devices)}_devices"
     store(f"{what}_step_cache" if loop.step_cache else what, result, "gpu")

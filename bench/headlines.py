@@ -31,7 +31,7 @@ def headlines(documents: dict[str, dict]) -> str:
                 for what, figure in lines(documents[name]["result"])
             ]
     for name, document in documents.items():
-        if name in _GPU_WORDS and set(document["result"]) >= GPU_RATIOS:
+        if name in GPU_WORDS and set(document["result"]) >= GPU_RATIOS:
             rows += [
                 [what, figure, f"`{document['command']}`"]
                 for what, figure in _gpu(name, document["result"])
@@ -120,7 +120,7 @@ def _diffusers(result: dict) -> list[tuple[str, str]]:
     ]
 
 
-_GPU_WORDS = {
+GPU_WORDS = {
     "gpu_sd1": "SD1.5's architecture",
     "gpu_sdxl": "SDXL's architecture",
     "gpu_sdxl_served": "SDXL's architecture, served again with CLIP on tensor cores",
@@ -132,7 +132,7 @@ def _gpu(name: str, result: dict) -> list[tuple[str, str]]:
     one, together = result["loop"]["one_at_a_time"], result["loop"]["together"]
     lines = [
         (
-            f"{_GPU_WORDS[name]} on one {result['device']}:"
+            f"{GPU_WORDS[name]} on one {result['device']}:"
             f" {result['request']}, {together['concurrency']} at a time",
             f"{together['images_per_second']:.2f} pictures a second,"
             f" {result['together_over_one']:.2f} × one at a time, which take"

@@ -50,7 +50,7 @@ def record(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGra
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's garbage is collected before, not meanwhile: CUDA may refuse to free what is in it."""
+    """Collect Python's garbage before, not meanwhile: CUDA may refuse to free what is in it."""
     gc.collect()
     is_enabled = gc.isenabled()
     gc.disable()
