@@ -8,6 +8,7 @@ a step and collapses as soon as another process wants a core.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,9 @@ from fullpipe.engines.shallow import ShallowPass, WholePass
 from fullpipe.engines.twins import Share, deal
 from fullpipe.errors import SetupError
 
+log = logging.getLogger(__name__)
+
+WRONG_CUDNN = 91900
 # A GPU replays whole ticks, each number of rows from a graph of its own.
 _GPU_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 
@@ -126,6 +130,7 @@ def load_network(folder: Path, *, device: str, dtype: torch.dtype) -> Fp32Ends:
         SetupError: the folder is missing or its files are broken.
     """
     full_fp32(dtype)
+    _warn_of_wrong_convolution(torch.device(device), dtype)
     try:
         unet = UNet2DConditionModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True
@@ -135,3 +140,13 @@ def load_network(folder: Path, *, device: str, dtype: torch.dtype) -> Fp32Ends:
             f"{folder} holds no readable UNet ({error}); `fullpipe assemble` writes one"
         ) from error
     return Fp32Ends(unet.to(device=device, memory_format=torch.channels_last).eval(), dtype)
+
+
+def _warn_of_wrong_convolution(device: torch.device, dtype: torch.dtype) -> None:
+    """One of SDXL's, [8, 1920, 32, 32] to 1280 channels, is off by 58 % (docs/engines.md)."""
+    if device.type == "cuda" and dtype == torch.float32:
+        if torch.backends.cudnn.version() == WRONG_CUDNN:
+            log.warning(
+                "this cuDNN (9.19) computes a convolution of SDXL's UNet wrongly in fp32 with 8 rows;"
+                " assemble SDXL with --precision fp16"
+            )
