@@ -144,9 +144,9 @@ def load_network(folder: Path, *, device: str, dtype: torch.dtype) -> Fp32Ends:
 
 def _warn_of_wrong_convolution(device: torch.device, dtype: torch.dtype) -> None:
     """One of SDXL's, [8, 1920, 32, 32] to 1280 channels, is off by 58 % (docs/engines.md)."""
-    if device.type == "cuda" and dtype == torch.float32:
-        if torch.backends.cudnn.version() == WRONG_CUDNN:
-            log.warning(
-                "this cuDNN (9.19) computes a convolution of SDXL's UNet wrongly in fp32 with 8 rows;"
-                " assemble SDXL with --precision fp16"
-            )
+    is_wrong = torch.backends.cudnn.version() == WRONG_CUDNN
+    if is_wrong and device.type == "cuda" and dtype == torch.float32:
+        log.warning(
+            "this cuDNN (9.19) computes a convolution of SDXL's UNet wrongly in fp32, 8 rows at a"
+            " time; assemble SDXL with --precision fp16"
+        )
