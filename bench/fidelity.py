@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fullpipe.config import PipelineConfig, StageConfig
-from fullpipe.engines import UNET_INPUTS, Engine
+from fullpipe.engines import TOKENS, UNET_INPUTS, Engine
 from fullpipe.engines.loading import load_vae_decoder, torch_dtype
 from fullpipe.engines.torch_engine import TorchUNet
 from fullpipe.stages import VaeDecoder
@@ -35,8 +35,7 @@ def relative_errors(repository: Path, unet: Engine, config: PipelineConfig) -> d
     with _exact():
         errors = {}
         reference = TorchUNet(repository / models.scheduler_model / "1" / "unet", device=device)
-        tokens = 77
-        for rows in unet.row_counts(height, width, tokens) or (2,):
+        for rows in unet.row_counts(height, width, TOKENS) or (2,):
             inputs = unet_inputs(config, rows, device)
             wanted = torch.cat([reference.run(pair)["noise_pred"] for pair in _pairs(inputs)])
             _poison(device)
@@ -72,7 +71,7 @@ def unet_inputs(config: PipelineConfig, rows: int, device: str) -> dict[str, tor
     tensors = {
         "sample": torch.randn(rows, facts.latent_channels, *size),
         "timestep": torch.randint(0, 1000, (rows,)),
-        "encoder_hidden_states": torch.randn(rows, 77, facts.embed_dim),
+        "encoder_hidden_states": torch.randn(rows, TOKENS, facts.embed_dim),
     }
     if facts.is_sdxl:
         tensors["text_embeds"] = torch.randn(rows, facts.pooled_dim)

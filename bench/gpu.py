@@ -45,27 +45,7 @@ PHASES = ("networks", "loop", "rivals", "bls")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
-    parser.add_argument("--checkpoint", type=Path, help="instead of random weights")
-    parser.add_argument("--device", default="cuda", help="several, as in cuda:0,cuda:1, for `loop`")
-    parser.add_argument("--engine", default="compiled")
-    parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--buckets", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--vae", choices=("bls", "loop"), default="bls")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=7.0)
-    parser.add_argument(
-        "--step-cache", type=int, default=1, metavar="N", help="above 1 `loop` is served so too"
-    )
-    parser.add_argument("--count", type=int, default=32, help="requests of a phase")
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--keep", type=Path, help="build there, or take what is built there")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--build-only", action="store_true", help="end when all is built")
-    rivals.add_options(parser)
-    arguments = parser.parse_args()
-
+    arguments = _options().parse_args()
     loop = LoopSettings(
         device=arguments.device,
         engine=arguments.engine,
@@ -128,29 +108,58 @@ def main() -> None:
             result[name] = result.get(name, {}) | measured
             seconds = time.perf_counter() - started
             print(f"{name}, {seconds:.0f} s:", json.dumps(result[name]), flush=True)
+    what = "gpu" if arguments.checkpoint else f"gpu_{arguments.family}"
+    _add_ratios(result, arguments.steps, GPU_WORDS[what])
+    if len(loop.devices) > 1:
+        what += f"_{len(loop.devices)}_devices"
+    store(f"{what}_step_cache" if loop.step_cache else what, result, "gpu")
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
+    parser.add_argument("--checkpoint", type=Path, help="instead of random weights")
+    parser.add_argument("--device", default="cuda", help="several, as in cuda:0,cuda:1, for `loop`")
+    parser.add_argument("--engine", default="compiled")
+    parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--buckets", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--vae", choices=("bls", "loop"), default="bls")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=7.0)
+    parser.add_argument(
+        "--step-cache", type=int, default=1, metavar="N", help="above 1 `loop` is served so too"
+    )
+    parser.add_argument("--count", type=int, default=32, help="requests of a phase")
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--keep", type=Path, help="build there, or take what is built there")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--build-only", action="store_true", help="end when all is built")
+    rivals.add_options(parser)
+    return parser
+
+
+def _add_ratios(result: dict, steps: int, words: str) -> None:
+    """What the phases that were run say of each other; `words`: whose pictures these are."""
     served = result.get("loop", {})
     one, together = served.get("one_at_a_time"), served.get("together")
     if one and "bare_unet" in result.get("networks", {}):
-        bare_ms = arguments.steps * result["networks"]["bare_unet"]["2"]["ms"]
+        bare_ms = steps * result["networks"]["bare_unet"]["2"]["ms"]
         result["loop_over_bare_unet"] = round(one["stages_ms"]["loop"] / bare_ms, 3)
     if one and together:
-        result["together_over_one"] = round(
-            together["images_per_second"] / one["images_per_second"], 3
-        )
-    what = "gpu" if arguments.checkpoint else f"gpu_{arguments.family}"
+        result["together_over_one"] = _throughput_ratio(together, one)
     alone = result.get("one_device", {}).get("together")
     if together and alone:
-        over_one = round(together["images_per_second"] / alone["images_per_second"], 3)
-        result["devices_over_one"] = over_one
+        over_one = result["devices_over_one"] = _throughput_ratio(together, alone)
         result["headline"] = {
-            "what": f"{GPU_WORDS[what]} on {result['device']} behind one queue,"
+            "what": f"{words} on {result['device']} behind one queue,"
             f" {together['concurrency']} at a time, against one with {alone['concurrency']}:"
             f" {result['request']}",
             "figure": f"{together['images_per_second']:.1f} pictures a second, {over_one:.2f} ×",
         }
-    if len(loop.devices) > 1:
-        what += f"_{len(loop.devices)}_devices"
-    store(f"{what}_step_cache" if loop.step_cache else what, result, "gpu")
+
+
+def _throughput_ratio(way: dict, other: dict) -> float:
+    return round(way["images_per_second"] / other["images_per_second"], 3)
 
 
 @contextlib.contextmanager

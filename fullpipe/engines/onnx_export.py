@@ -16,6 +16,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from fullpipe.engines import TOKENS
 from fullpipe.errors import SetupError
 from fullpipe.stages import PixelDecoder
 from fullpipe.text.clip import ClipTextModel
@@ -101,7 +102,7 @@ def export_unet(folder: Path, path: Path, dtype: torch.dtype) -> None:
     inputs = {
         "sample": torch.randn(2, config["in_channels"], *_LATENT_SIDES),
         "timestep": torch.tensor([10, 500]),
-        "encoder_hidden_states": torch.randn(2, 77, config["cross_attention_dim"]),
+        "encoder_hidden_states": torch.randn(2, TOKENS, config["cross_attention_dim"]),
     }
     open_dims = {
         "sample": {0: "rows", 2: "height", 3: "width"},
