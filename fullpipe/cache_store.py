@@ -168,18 +168,25 @@ class RedisStore:
         self._reading.close()
         self._writing.close()
 
+    def wait_until_written(self) -> None:
+        """Wait until everything that was put has been answered by Redis, or dropped."""
+        self._unwritten.join()
+
     def _write(self) -> None:
         while (item := self._unwritten.get()) is not None:
-            key, value = item
-            if not self._breaker.may_ask():
-                continue
-            try:
-                self._writing.set(self._prefix + key, value, ex=self._ttl_s)
-                self._breaker.succeeded()
-            except self._refused:  # full or read-only: it answers, and reading goes on
-                self._breaker.succeeded()
-            except Exception as error:
-                self._fail(error)
+            self._write_one(*item)
+            self._unwritten.task_done()
+
+    def _write_one(self, key: str, value: bytes) -> None:
+        if not self._breaker.may_ask():
+            return
+        try:
+            self._writing.set(self._prefix + key, value, ex=self._ttl_s)
+            self._breaker.succeeded()
+        except self._refused:  # full or read-only: it answers, and reading goes on
+            self._breaker.succeeded()
+        except Exception as error:
+            self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         # A late answer must not be taken for the next one's: nobody uses these connections again.

@@ -39,8 +39,10 @@ def store(redis_server):
 
 
 def stored(store, key, **tensors):
-    """Put and wait until it is there."""
+    """Put and wait until it is there, and until the writer knows it too: Redis may answer the
+    reader first, and a writer whose answer is late counts as a failure."""
     store.put(key, tensors, {"note": key})
+    store.wait_until_written()
     wait_until(lambda: store.get(key)[0] == "hit", 5, "a value is not stored")
 
 
@@ -140,7 +142,7 @@ def test_full_redis_still_answers(tmp_path):
         for number in range(20):
             store.put(f"k{number}", {"a": np.zeros(100_000, np.float32)})
         store.put("too-large", {"a": np.zeros(2_000_000, np.float32)})
-        wait_until(store._unwritten.empty, 10, "the writer stands still")
+        store.wait_until_written()
         results = {store.get(f"k{number}")[0] for number in range(20)}
         assert results <= {"hit", "miss"}
         assert store.get("too-large")[0] == "miss"
