@@ -19,7 +19,7 @@ from fullpipe.checkpoints.folder import LAYOUT, read_checkpoint, read_defaults
 from fullpipe.checkpoints.single_file import convert_single_file
 from fullpipe.config import Defaults, Limits, LoopSettings, ModelNames, PipelineConfig
 from fullpipe.engines import onnx_engine, tensorrt_build
-from fullpipe.engines.building import build_stages, build_unet
+from fullpipe.engines.building import build_engine
 from fullpipe.engines.tensorrt_library import library
 from fullpipe.errors import SetupError
 from fullpipe.repository import PARAMETER, PLAIN_NAME, model_names, use_native_plans, write_models
@@ -87,10 +87,8 @@ def assemble(
             models.mkdir()
             write_models(models, folder, config, choices.stage_threads)
             names = model_names(config.name)
-            part = names["scheduler_model" if config.loop.unet == "loop" else "unet"]
             rebuild = command_line(checkpoint, out, config, choices.defaults)
-            build_unet(models / part / "1" / "unet", config, rebuild, report)
-            build_stages(models, config, rebuild, report)
+            build_engine(models, config, rebuild, report)
             if config.loop.unet == "plan":
                 use_native_plans(models, config)
             written = sorted(model.name for model in models.iterdir())

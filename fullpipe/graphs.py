@@ -71,8 +71,12 @@ class TickGraphs:
         self._pool: Any = None
 
     def forget(self) -> None:
-        """Drop the graphs, because a tensor that they read has been replaced."""
+        """Drop the graphs, because a tensor that they read has been replaced.
+
+        Their memory is not recorded into again: once its last graph is gone, torch takes it back.
+        """
         self._recorded.clear()
+        self._pool = None
 
     def replay(
         self,

@@ -9,13 +9,18 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from bench.fidelity import relative_errors
+from fullpipe.assemble import Choices, assemble
 from fullpipe.config import LoopSettings
 from fullpipe.engines.ahead_of_time import check_package, compile_package
-from fullpipe.engines.compiled_engine import CompiledUNet, Signature, build
-from fullpipe.engines.compiled_vae import CompiledVaeDecoder, build_decoder
+from fullpipe.engines.compiled_engine import CompiledUNet, Signature, unet_packages
+from fullpipe.engines.compiled_vae import CompiledVaeDecoder
+from fullpipe.engines.loading import load_unet, load_vae_decoder, torch_dtype
+from fullpipe.engines.packages import make_packages
 from fullpipe.engines.torch_engine import TorchUNet
 from fullpipe.errors import SetupError
 from fullpipe.stages import VaeDecoder
+from tests.engines import reduced
 
 SETTINGS = LoopSettings(engine="compiled", sizes=[[64, 64]], buckets=[2])
 NAME = "8x8-77-2.pt2"
@@ -45,7 +50,7 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("compiled") / "unet"
     unet.save_pretrained(out)
     lines: list[str] = []
-    build(out, SETTINGS, lines.append)
+    make_packages(unet_packages(out, SETTINGS), lines.append)
     assert lines[0] == "compiling 1 packages, 1 at a time"
     assert lines[1].startswith(f"1 of 1: {NAME}, ")
     return out
@@ -121,7 +126,7 @@ def test_another_checkpoint_of_the_architecture_takes_the_same_package(folder, t
     other = tmp_path / "unet"
     unet.save_pretrained(other)
     lines: list[str] = []
-    build(other, SETTINGS, lines.append)
+    make_packages(unet_packages(other, SETTINGS), lines.append)
     assert lines == ["1 packages were compiled before"]
     compiled, eager = CompiledUNet.load(other, SETTINGS), TorchUNet(other)
     tensors = inputs(2)
@@ -155,22 +160,45 @@ def test_broken_packages_are_refused_in_one_line(folder, tmp_path):
         CompiledUNet.load(folder, more)
 
 
-def test_a_compiled_decoder_gives_the_same_pixels(checkpoint, config, tmp_path):
-    """The demo's VAE at one size; another size is decoded all the same."""
-    folder = tmp_path / "vae"
-    shutil.copytree(checkpoint / "vae", folder)
-    settings = dataclasses.replace(config.loop, engine="compiled", sizes=[[64, 64]], buckets=[2])
-    chosen = dataclasses.replace(config, loop=settings)
+@pytest.fixture(scope="module", params=[("sd1", "fp16"), ("sdxl", "bf16")], ids=" ".join)
+def assembled(request, tmp_path_factory):
+    """The repository of a checkpoint with few layers, for two devices, and its configuration."""
+    family, precision = request.param
+    folder = tmp_path_factory.mktemp("assembled")
+    dtype = torch_dtype(precision)
+    checkpoint = reduced.build(family, folder / "checkpoint", dtype, sizes=reduced.LEAN)
+    loop = LoopSettings(engine="compiled", device="cpu,cpu", precision=precision, buckets=[2])
+    lines: list[str] = []
+    config = assemble(checkpoint, folder / "repository", Choices(loop=loop), lines.append)
+    assert lines[0] == "compiling 2 packages, 1 at a time", "not those of all networks at once"
+    return folder / "repository", config
+
+
+def test_an_assembled_pipeline_is_close_to_fp32(assembled):
+    """Of the same weights: UNet, decoder and text encoders."""
+    repository, config = assembled
+    folder = repository / "scheduler_model" / "1" / "unet"
+    errors = relative_errors(repository, load_unet(folder, config, "cpu"), config)
+    assert len(errors) >= 5
+    for name, error in errors.items():
+        assert error < 1e-2, f"{name}: {error}"
+
+
+def test_a_compiled_decoder_gives_the_same_pixels(assembled, tmp_path):
+    """At the size that it was compiled for, and at another one."""
+    repository, config = assembled
+    folder, dtype = repository / "vae_decoder" / "1" / "vae", torch_dtype(config.loop.precision)
+    compiled = load_vae_decoder(folder, config, "cpu")
+    assert isinstance(compiled, CompiledVaeDecoder)
+    eager = VaeDecoder(folder, dtype=dtype, is_packed=False)
+    latents = torch.randn(2, 4, 8, 8)
+    got, wanted = (decoder.decode(latents).float() for decoder in (compiled, eager))
+    assert 0 < relative_error(got, wanted) < 1e-2, "more than another order of rounding"
+    latents = torch.randn(2, 4, 12, 12)
+    assert torch.equal(compiled.decode(latents), eager.decode(latents))
+    shutil.copytree(folder, tmp_path / "vae", ignore=shutil.ignore_patterns("*.pt2"))
     with pytest.raises(SetupError, match=r"lacks decoder-8x8\.pt2; assemble it again"):
-        CompiledVaeDecoder(folder, chosen, "cpu", torch.float32)
-    build_decoder(folder, chosen, torch.float32, lambda line: None)
-    compiled = CompiledVaeDecoder(folder, chosen, "cpu", torch.float32)
-    eager = VaeDecoder(folder)
-    for side in (8, 12):
-        latents = torch.randn(2, 4, side, side)
-        levels = compiled.decode(latents).int() - eager.decode(latents).int()
-        assert levels.abs().max() <= 1
-        assert (levels == 0).float().mean() > 0.999
+        CompiledVaeDecoder(tmp_path / "vae", config, "cpu", dtype)
 
 
 CACHED = dataclasses.replace(SETTINGS, step_cache=True)
@@ -181,7 +209,7 @@ def test_step_caching_has_packages_of_its_own(folder, tmp_path):
     split = tmp_path / "unet"
     shutil.copytree(folder, split, ignore=shutil.ignore_patterns("*.pt2"))
     lines: list[str] = []
-    build(split, CACHED, lines.append)
+    make_packages(unet_packages(split, CACHED), lines.append)
     assert lines[0] == "compiling 2 packages, 1 at a time"
     names = {"8x8-77-2-whole.pt2", "8x8-77-2-shallow.pt2"}
     assert {path.name for path in split.glob("*.pt2")} == names
@@ -198,8 +226,8 @@ def test_step_caching_has_packages_of_its_own(folder, tmp_path):
         stale = compiled.run({**tensors, "deep": torch.zeros_like(answer["deep"])})["noise_pred"]
         assert relative_error(stale, wanted) > 1e-2
     lines.clear()
-    build(split, CACHED, lines.append)
-    build(split, SETTINGS, lines.append)
+    make_packages(unet_packages(split, CACHED), lines.append)
+    make_packages(unet_packages(split, SETTINGS), lines.append)
     assert lines == ["2 packages were compiled before", "1 packages were compiled before"]
     with pytest.raises(SetupError, match=r"lacks 8x8-77-2-whole\.pt2, 8x8-77-2-shallow\.pt2"):
         CompiledUNet.load(folder, CACHED)

@@ -46,6 +46,9 @@ def build_apart(jobs: Mapping[str, Job], report: Callable[[str], None]) -> Itera
                     " C++ compiler that links libstdc++ as a shared library (another compiler:"
                     " CXX=/usr/bin/g++)"
                 ) from error
+            except SetupError:
+                pool.shutdown(cancel_futures=True)
+                raise
             except Exception as error:
                 pool.shutdown(cancel_futures=True)
                 raise SetupError(f"{name} could not be compiled: {first_line(error)}") from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,11 +19,14 @@ from fullpipe.stages import needs_range
 Report = Callable[[str], None]
 
 
-def build_unet(folder: Path, config: PipelineConfig, rebuild: str, report: Report) -> None:
-    """Build what `load_unet` will load, and leave `engine.json` beside it; torch needs nothing.
+def build_engine(models: Path, config: PipelineConfig, rebuild: str, report: Report) -> None:
+    """Build what a pipeline's models will load, and leave `engine.json` beside each network.
+
+    `torch` needs nothing.
 
     Args:
-        folder: a diffusers `unet` folder, writable; its weights stay as they are.
+        models: the folder of the pipeline's models, which have their weights; these stay as they
+            are.
         config: of the pipeline; `loop` says engine, precision, sizes, buckets and device.
         rebuild: the command that does this again, for messages.
         report: gets a line per step.
@@ -31,71 +35,30 @@ def build_unet(folder: Path, config: PipelineConfig, rebuild: str, report: Repor
     """
     if config.loop.engine == "torch":
         return
-    before = set(folder.rglob("*"))
-    with naming_memory(folder, config.loop.device):
-        if config.loop.engine == "compiled":
-            from fullpipe.engines import compiled_engine
-
-            compiled_engine.build(folder, config.loop, report)
-        else:
-            from fullpipe.engines.onnx_export import export_unet
-
-            dtype = torch_dtype(config.loop.precision)
-            _build(folder, "unet", config, report, lambda path: export_unet(folder, path, dtype))
-    _record(folder, before, config, rebuild)
-
-
-def build_stages(models: Path, config: PipelineConfig, rebuild: str, report: Report) -> None:
-    """Build the VAE and the text encoders for engines that run them; arguments as `build_unet`.
-
-    Args:
-        models: the folder of the pipeline's models.
-    """
+    names = config.models
+    unet_model = names.scheduler_model if config.loop.unet == "loop" else names.unet
+    unet = models / unet_model / "1" / "unet"
+    decoder = models / names.vae_decoder / "1" / "vae"
     if config.loop.engine == "compiled":
-        from fullpipe.engines.compiled_vae import build_decoder
-
-        folder = models / config.models.vae_decoder / "1" / "vae"
-        before = set(folder.rglob("*"))
-        with naming_memory(folder, config.loop.device):
-            build_decoder(folder, config, torch_dtype(config.loop.precision), report)
-        _record(folder, before, config, rebuild)
-    if config.loop.engine not in ("onnx", "tensorrt"):
+        with _recorded(unet, config, rebuild), _recorded(decoder, config, rebuild):
+            _compile(unet, decoder, config, report)
         return
     from fullpipe.engines import onnx_export
-    from fullpipe.text.clip import load_clip
 
-    names = config.models
-    vae = models / names.vae_decoder / "1" / "vae"
-    dtype = vae_dtype(vae, config)
-    before = set(vae.rglob("*"))
-    _build(
-        vae, "vae_decoder", config, report, lambda p: onnx_export.export_vae_decoder(vae, p, dtype)
-    )
-    _record(vae, before, config, rebuild)
-    other = models / names.vae_encoder / "1" / "vae"
-    before = set(other.rglob("*"))
-    _build(
-        other,
-        "vae_encoder",
-        config,
-        report,
-        lambda p: onnx_export.export_vae_encoder(vae, p, dtype),
-    )
-    _record(other, before, config, rebuild)
+    dtype = torch_dtype(config.loop.precision)
+    exports = [(unet, "unet", lambda path: onnx_export.export_unet(unet, path, dtype))]
+    encoder, of_vae = models / names.vae_encoder / "1" / "vae", vae_dtype(decoder, config)
+    exports += [
+        (decoder, "vae_decoder", lambda p: onnx_export.export_vae_decoder(decoder, p, of_vae)),
+        (encoder, "vae_encoder", lambda p: onnx_export.export_vae_encoder(encoder, p, of_vae)),
+    ]
     for name in ("text_encoder", "text_encoder_2"):
         folder = models / names.text_encoder / "1" / name
-        if not folder.is_dir():
-            continue
-        model = load_clip(
-            folder,
-            has_projection=False,
-            device="cpu",
-            dtype=torch.float32,
-            weights_dtype=torch.float16,  # as `PromptEncoder` does, and ComfyUI
-        )
-        before = set(folder.rglob("*"))
-        _build(folder, "clip", config, report, functools.partial(onnx_export.export_clip, model))
-        _record(folder, before, config, rebuild)
+        if folder.is_dir():
+            exports.append((folder, "clip", functools.partial(_export_clip, folder)))
+    for folder, name, export in exports:
+        with _recorded(folder, config, rebuild), naming_memory(folder, config.loop.device):
+            _build(folder, name, config, report, export)
 
 
 def vae_dtype(folder: Path, config: PipelineConfig) -> torch.dtype:
@@ -127,7 +90,36 @@ def _build(
         build_plan(path, folder / f"{name}.plan", name, config)
 
 
-def _record(folder: Path, before: set[Path], config: PipelineConfig, rebuild: str) -> None:
+def _compile(unet: Path, decoder: Path, config: PipelineConfig, report: Report) -> None:
+    from fullpipe.engines.compiled_engine import unet_packages
+    from fullpipe.engines.compiled_vae import decoder_packages
+    from fullpipe.engines.packages import make_packages
+
+    with naming_memory(unet, "cpu"):
+        wanted = unet_packages(unet, config.loop)
+    wanted += decoder_packages(decoder, config, torch_dtype(config.loop.precision))
+    make_packages(wanted, report)
+
+
+def _export_clip(folder: Path, path: Path) -> None:
+    from fullpipe.engines.onnx_export import export_clip
+    from fullpipe.text.clip import load_clip
+
+    model = load_clip(
+        folder,
+        has_projection=False,
+        device="cpu",
+        dtype=torch.float32,
+        weights_dtype=torch.float16,  # as `PromptEncoder` does, and ComfyUI
+    )
+    export_clip(model, path)
+
+
+@contextlib.contextmanager
+def _recorded(folder: Path, config: PipelineConfig, rebuild: str) -> Iterator[None]:
+    """Leave a record of what was built into a folder meanwhile."""
+    before = set(folder.rglob("*"))
+    yield
     files = [path for path in folder.rglob("*") if path.is_file() and path not in before]
     if not files:
         raise SetupError(f"the {config.loop.engine} engine left nothing in {folder}")

@@ -1,9 +1,9 @@
 """The `compiled` engine: the UNet through Inductor ahead of time, a package per size and rows.
 
-`build` compiles when a repository is assembled, once for all checkpoints of an architecture;
-`CompiledUNet.load` only opens packages. What no package was built for, a prompt of several chunks
-for example, goes through the same weights in eager torch: the same image, later. For step caching
-there are two packages per size and rows, one for each kind of pass.
+`unet_packages` says what is compiled when a repository is assembled, once for all checkpoints of
+an architecture; `CompiledUNet.load` only opens packages. What no package was built for, a prompt of
+several chunks for example, goes through the same weights in eager torch: the same image, later. For
+step caching there are two packages per size and rows, one for each kind of pass.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch import nn
 from fullpipe.config import LoopSettings
 from fullpipe.engines import TOKENS, Engine, in_order
 from fullpipe.engines.ahead_of_time import Package, check_package, compile_package
-from fullpipe.engines.build_pool import build_apart
 from fullpipe.engines.loading import torch_dtype
 from fullpipe.engines.package_cache import PackageCache
+from fullpipe.engines.packages import Wanted
 from fullpipe.engines.shallow import SHALLOW_LAYERS, ShallowPass, WholePass
 from fullpipe.engines.torch_engine import Fp32Ends, load_network
 from fullpipe.errors import SetupError
@@ -85,7 +85,7 @@ class CompiledUNet(Engine):
 
     @classmethod
     def load(cls, folder: Path, settings: LoopSettings) -> CompiledUNet:
-        """Load the weights of `folder` and what `build` left there.
+        """Load the weights of `folder` and what was made of `unet_packages`.
 
         Raises:
             SetupError: the weights or a package are missing or broken.
@@ -129,30 +129,25 @@ class CompiledUNet(Engine):
         return {"noise_pred": noise_pred, "deep": deep}
 
 
-def build(folder: Path, settings: LoopSettings, report: Callable[[str], None]) -> None:
-    """Compile a package for every one of `settings.sizes` with every one of `settings.buckets`.
+def unet_packages(folder: Path, settings: LoopSettings) -> list[Wanted]:
+    """A package for every one of `settings.sizes` with every one of `settings.buckets`.
 
     With `settings.step_cache` there are two each, one for either pass.
 
-    Several are compiled at a time, each in a process of its own, where there are cores for it.
-
     Args:
-        folder: a diffusers `unet` folder; the packages are written into it.
+        folder: a diffusers `unet` folder; the packages belong into it.
         settings: `device` must be here, as kernels are made for its architecture.
-        report: gets a line as each package is done.
     Raises:
-        SetupError: the weights are broken, or a compiler is missing or failed.
+        SetupError: the weights are broken.
     """
+    device = settings.devices[0]
+    settings = dataclasses.replace(settings, device=device)
     on_cpu = dataclasses.replace(settings, device="cpu")
-    signatures = _signatures(_load_fused(folder, on_cpu), settings)
-    cache = PackageCache(folder / "config.json", settings.devices[0], settings.precision)
-    missing = [s for s in signatures if not cache.take(s.facts, folder / s.file)]
-    if len(missing) < len(signatures):
-        report(f"{len(signatures) - len(missing)} packages were compiled before")
-    jobs = {s.file: (_build_one, (folder, settings, s)) for s in missing}
-    shapes = {s.file: s.facts for s in missing}
-    for name in build_apart(jobs, report):
-        cache.keep(shapes[name], folder / name)
+    cache = PackageCache(folder / "config.json", device, settings.precision)
+    return [
+        Wanted(folder / s.file, device, cache, s.facts, _build_one, (folder, settings, s))
+        for s in _signatures(_load_fused(folder, on_cpu), settings)
+    ]
 
 
 def _build_one(folder: Path, settings: LoopSettings, signature: Signature) -> None:

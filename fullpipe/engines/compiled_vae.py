@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fullpipe.config import PipelineConfig
 from fullpipe.engines.ahead_of_time import Package, check_package, compile_package
-from fullpipe.engines.build_pool import build_apart
 from fullpipe.engines.package_cache import PackageCache
+from fullpipe.engines.packages import Wanted
 from fullpipe.errors import SetupError
 from fullpipe.stages import VaeDecoder
 
@@ -19,7 +18,7 @@ class CompiledVaeDecoder(VaeDecoder):
     """`VaeDecoder` that decodes some sizes with packages; the others in eager torch."""
 
     def __init__(self, folder: Path, config: PipelineConfig, device: str, dtype: torch.dtype):
-        """Load the weights of `folder` and what `build_decoder` left there.
+        """Load the weights of `folder` and what was made of `decoder_packages`.
 
         Raises:
             SetupError: the weights or a package are missing or broken.
@@ -38,34 +37,31 @@ class CompiledVaeDecoder(VaeDecoder):
         return decode(latents.contiguous())
 
 
-def build_decoder(
-    folder: Path, config: PipelineConfig, dtype: torch.dtype, report: Callable[[str], None]
-) -> None:
-    """Compile the decoder of a diffusers `vae` folder for every one of `config.loop.sizes`.
+def decoder_packages(folder: Path, config: PipelineConfig, dtype: torch.dtype) -> list[Wanted]:
+    """A package of the decoder of a diffusers `vae` folder for every one of `config.loop.sizes`.
 
-    Raises:
-        SetupError: the weights are broken, or a compiler is missing or failed.
+    Args:
+        folder: the packages belong into it.
+        dtype: as `VaeDecoder` takes it.
     """
     device = config.loop.devices[0]
     cache = PackageCache(folder / "config.json", device, str(dtype))
-    channels = config.checkpoint.latent_channels
-    jobs, shapes = {}, {}
+    packages = []
     for size in _latent_sizes(config):
-        name = _file(*size)
-        shapes[name] = {"part": "decoder", "latents": [1, channels, *size]}
-        if cache.take(shapes[name], folder / name):
-            report(f"{name} was compiled before")
-        else:
-            jobs[name] = (_build_one, (folder, device, dtype, shapes[name]["latents"], name))
-    for name in build_apart(jobs, report):
-        cache.keep(shapes[name], folder / name)
+        shape = [1, config.checkpoint.latent_channels, *size]
+        facts = {"part": "decoder", "latents": shape}
+        path = folder / _file(*size)
+        packages.append(
+            Wanted(path, device, cache, facts, _build_one, (path, device, dtype, shape))
+        )
+    return packages
 
 
-def _build_one(folder: Path, device: str, dtype: torch.dtype, shape: list[int], name: str) -> None:
-    decoder = VaeDecoder(folder, device=device, dtype=dtype, is_packed=False).decoder
+def _build_one(path: Path, device: str, dtype: torch.dtype, shape: list[int]) -> None:
+    decoder = VaeDecoder(path.parent, device=device, dtype=dtype, is_packed=False).decoder
     latents = torch.randn(shape, device=device)
-    compile_package(decoder, [latents], folder / name)
-    check_package(folder / name, decoder, [latents])
+    compile_package(decoder, [latents], path)
+    check_package(path, decoder, [latents])
 
 
 def _latent_sizes(config: PipelineConfig) -> list[tuple[int, int]]:

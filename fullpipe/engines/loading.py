@@ -36,7 +36,7 @@ def load_unet(folder: Path, config: PipelineConfig, device: str) -> Engine:
 
     Args:
         folder: a diffusers `unet` folder: weights and, unless the engine is torch, what
-            `build_unet` left there.
+            `build_engine` left there.
         config: of the pipeline that the UNet belongs to.
         device: one of `config.loop.devices`.
     Raises:
@@ -69,7 +69,7 @@ def load_unet(folder: Path, config: PipelineConfig, device: str) -> Engine:
 def load_vae_decoder(
     folder: Path, config: PipelineConfig, device: str
 ) -> NetworkVaeDecoder | VaeDecoder:
-    """The VAE decoder of a diffusers `vae` folder and what `build_stages` left there.
+    """The VAE decoder of a diffusers `vae` folder and what `build_engine` left there.
 
     Raises as `load_unet` does.
     """
@@ -86,7 +86,7 @@ def load_vae_decoder(
 
 
 def load_vae_encoder(folder: Path, config: PipelineConfig, device: str) -> NetworkVaeEncoder:
-    """The VAE encoder that `build_stages` left in `folder`; raises as `load_unet` does."""
+    """The VAE encoder that `build_engine` left in `folder`; raises as `load_unet` does."""
     facts = config.checkpoint
     with naming_memory(folder, device):
         _check(folder, config)
@@ -97,7 +97,7 @@ def load_vae_encoder(folder: Path, config: PipelineConfig, device: str) -> Netwo
 def load_clip(
     folder: Path, model: ClipTextModel, config: PipelineConfig, device: str
 ) -> NetworkClip:
-    """What `build_stages` left in `folder`, in the place of `model`; raises as `load_unet` does."""
+    """What `build_engine` left in `folder`, in the place of `model`; raises as `load_unet` does."""
     with naming_memory(folder, device):
         _check(folder, config)
         return NetworkClip(model, _network(folder, "clip", config, device))

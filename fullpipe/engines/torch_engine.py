@@ -8,6 +8,7 @@ a step and collapses as soon as another process wants a core.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from fullpipe.errors import SetupError
 log = logging.getLogger(__name__)
 
 WRONG_CUDNN = 91900
+WRONG_CHANNELS = (1920, 1280)
 # A GPU replays whole ticks, each number of rows from a graph of its own.
 _GPU_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 
@@ -130,7 +132,6 @@ def load_network(folder: Path, *, device: str, dtype: torch.dtype) -> Fp32Ends:
         SetupError: the folder is missing or its files are broken.
     """
     full_fp32(dtype)
-    _warn_of_wrong_convolution(torch.device(device), dtype)
     try:
         unet = UNet2DConditionModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True
@@ -139,14 +140,34 @@ def load_network(folder: Path, *, device: str, dtype: torch.dtype) -> Fp32Ends:
         raise SetupError(
             f"{folder} holds no readable UNet ({error}); `fullpipe assemble` writes one"
         ) from error
-    return Fp32Ends(unet.to(device=device, memory_format=torch.channels_last).eval(), dtype)
+    unet = unet.to(device=device, memory_format=torch.channels_last).eval()
+    if torch.device(device).type == "cuda" and dtype == torch.float32:
+        _mend_wrong_convolution(unet)
+    return Fp32Ends(unet, dtype)
 
 
-def _warn_of_wrong_convolution(device: torch.device, dtype: torch.dtype) -> None:
-    """One of SDXL's, [8, 1920, 32, 32] to 1280 channels, is off by 58 % (docs/engines.md)."""
-    is_wrong = torch.backends.cudnn.version() == WRONG_CUDNN
-    if is_wrong and device.type == "cuda" and dtype == torch.float32:
-        log.warning(
-            "this cuDNN (9.19) computes a convolution of SDXL's UNet wrongly in fp32, 8 rows at a"
-            " time; assemble SDXL with --precision fp16"
-        )
+def _mend_wrong_convolution(unet: nn.Module) -> None:
+    """Take one convolution of SD's UNets from this cuDNN, in place; names and weights stay.
+
+    [8, 1920, 32, 32] to 1280 channels in fp32 is off by 58 % there (docs/engines.md); SDXL comes to
+    that at 1024×1024 with 8 rows.
+    """
+    if torch.backends.cudnn.version() != WRONG_CUDNN:
+        return
+    for module in unet.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and (module.in_channels, module.out_channels) == WRONG_CHANNELS
+            and module.kernel_size == (3, 3)
+        ):
+            log.info("this cuDNN (9.19) computes %s wrongly in fp32; torch's own does it", module)
+            module.forward = functools.partial(_convolve, module)  # type: ignore[method-assign]
+
+
+def _convolve(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A plain convolution as an unfolding and a matrix product, without cuDNN."""
+    assert isinstance(module.padding, tuple)
+    answer: torch.Tensor = torch.ops.aten.thnn_conv2d(
+        x, module.weight, module.kernel_size, module.bias, module.stride, module.padding
+    )
+    return answer

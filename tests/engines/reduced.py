@@ -92,6 +92,34 @@ SMALL = {
         [L, G],
     ),
 }
+# What takes long to compile is the number of layers, not their width: a kind of each, and no more.
+LEAN = {
+    "sd1": (
+        SD15_UNET
+        | {
+            "block_out_channels": (64, 128),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 64,
+        },
+        (32, 32, 32, 32),
+        [L],
+    ),
+    "sdxl": (
+        SMALL["sdxl"][0]
+        | {
+            "block_out_channels": (64, 128),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (1, 2),
+            "layers_per_block": 1,
+            "transformer_layers_per_block": (1, 2),
+        },
+        (32, 32, 32, 32),
+        [L, G],
+    ),
+}
 SCALING = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 TEXT_FOLDERS = ("text_encoder", "text_encoder_2")
 
@@ -108,7 +136,7 @@ def networks(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=channels,
-            layers_per_block=2,
+            layers_per_block=unet.get("layers_per_block", 2),
             sample_size=8 * sample_size,
             scaling_factor=SCALING[family],
         ).eval(),

@@ -17,12 +17,12 @@ from bench.fidelity import relative_errors, unet_inputs
 from fullpipe.assemble import Choices, assemble
 from fullpipe.config import LoopSettings
 from fullpipe.engines.graphed import GraphedUNet
-from fullpipe.engines.loading import load_unet
+from fullpipe.engines.loading import load_unet, torch_dtype
 from fullpipe.graphs import CallGraphs
 from fullpipe.local import LocalPipeline
 from fullpipe.stages import LocalStages
 from fullpipe.text import PromptEncoder
-from tests.engines.reduced import build
+from tests.engines.reduced import LEAN, build
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,22 +39,29 @@ SETTINGS = [
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
 def checkpoint(request, tmp_path_factory):
-    """Random weights of each layout, small."""
-    folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
-    return build(request.param, folder, torch.float16, sample_size=16)
+    """Random weights of each layout, with few layers."""
+    return random_checkpoint(request.param, "fp16", tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_compiled_networks_are_close_to_fp32(checkpoint, tmp_path, precision):
-    loop = dataclasses.replace(COMPILED, precision=precision)
+def random_checkpoint(family, precision, folder):
+    dtype = torch_dtype(precision)
+    return build(family, folder / "checkpoint", dtype, sizes=LEAN, sample_size=16)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("precision", "buckets"), [("fp16", [2, 4]), ("bf16", [2])])
+def test_compiled_networks_are_close_to_fp32(family, precision, buckets, tmp_path):
+    """Of the same weights: to round another checkpoint's to bf16 costs 0.8 % by itself."""
+    checkpoint = random_checkpoint(family, precision, tmp_path)
+    loop = dataclasses.replace(COMPILED, precision=precision, buckets=buckets)
     config = assemble(checkpoint, tmp_path / "repository", Choices(loop=loop))
     unet = load_unet(tmp_path / "repository/scheduler_model/1/unet", config, "cuda")
     errors = relative_errors(tmp_path / "repository", unet, config)
     print(precision, errors)
-    assert len(errors) >= 5
+    assert len(errors) >= len(buckets) + 3
     for name, error in errors.items():
         assert math.isfinite(error), name
-        assert error < (1e-2 if precision == "fp16" else 3e-2), f"{name}: {error}"
+        assert error < 1e-2, f"{name}: {error}"
 
 
 def test_text_on_a_gpu_is_what_it_is_on_a_cpu(checkpoint):
