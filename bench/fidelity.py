@@ -80,7 +80,7 @@ def unet_inputs(config: PipelineConfig, rows: int, device: str) -> dict[str, tor
 
 
 def _pairs(inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """A call's rows two at a time: with 8 of SDXL's, a convolution of cuDNN 9.19's is wrong in fp32."""
+    """A call's rows two at a time: of 8 of SDXL's, cuDNN 9.19 gets a convolution wrong in fp32."""
     for pair in zip(*(tensor.split(2) for tensor in inputs.values()), strict=True):
         yield dict(zip(inputs, pair, strict=True))
 

@@ -319,7 +319,7 @@ def test_closing_answers_everyone(open_pipeline):
     pipeline.close()
     for future in futures:
         with pytest.raises(Unavailable, match="shutting down"):
-            future.result(timeout=1)
+            future.result(timeout=10)
     with pytest.raises(Unavailable, match="shutting down"):
         pipeline.generate(prompt=RED)
 

@@ -140,7 +140,7 @@ def test_a_job_in_two_loops_is_answered_once(open_pipeline, demo_unet):
     pipeline.close()
     for future in left:
         with pytest.raises(Unavailable, match="shutting down"):
-            future.result(timeout=5)
+            future.result(timeout=10)
 
 
 @pytest.mark.gpu

@@ -54,7 +54,7 @@ def pixels_of(text):
 
 def metric(triton, name, **labels):
     time.sleep(0.5)  # they are published a few times a second
-    with urllib.request.urlopen(triton.metrics_url, timeout=5) as response:
+    with urllib.request.urlopen(triton.metrics_url, timeout=20) as response:
         lines = response.read().decode().splitlines()
     wanted = [f'{key}="{value}"' for key, value in labels.items()]
     values = [
@@ -288,7 +288,7 @@ def test_server_tells_what_it_offers(client, config):
 
 
 def test_served_tensors_are_the_contract(triton_url):
-    with urllib.request.urlopen(f"{triton_url}/v2/models/full_pipeline", timeout=5) as response:
+    with urllib.request.urlopen(f"{triton_url}/v2/models/full_pipeline", timeout=20) as response:
         served = json.loads(response.read())
     names = {"STRING": "BYTES"}
     for kind, table in (

@@ -77,7 +77,7 @@ def test_a_decoder_in_the_loop_gives_the_same_pixels(served, config, demo_unet, 
         own = pipeline.generate(prompt=RED, batch_size=2, **SMALL)
     assert np.array_equal(near.generate(RED, batch_size=2, **SMALL).pixels, own.images)
     url = f"{served[0].url}/v2/models/near_vae_decoder/stats"
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=20) as answer:
         (statistics,) = json.load(answer)["model_stats"]
     assert statistics["inference_count"] == 0, "the model was called all the same"
 

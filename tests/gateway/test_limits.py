@@ -177,7 +177,7 @@ def test_flood_of_one_key_leaves_the_others_alone(open_gateway):
 
 def test_metrics_of_the_gateway(gateway, key):
     http1(gateway, "GET", READY, bearer(key))
-    with urllib.request.urlopen(gateway.metrics_url, timeout=5) as response:
+    with urllib.request.urlopen(gateway.metrics_url, timeout=20) as response:
         page = response.read().decode()
     assert 'haproxy_backend_active_servers{proxy="triton"} 2' in page
     assert 'haproxy_server_status{proxy="triton",server="r1",state="UP"} 1' in page

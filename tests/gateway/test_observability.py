@@ -97,7 +97,7 @@ def test_every_metric_of_rules_and_dashboard_is_on_a_real_page(gateway, replicas
     def read_pages() -> str:
         pages = ""
         for url in (replicas[0].metrics_url, replicas[1].metrics_url, gateway.metrics_url):
-            with urllib.request.urlopen(url, timeout=5) as response:
+            with urllib.request.urlopen(url, timeout=20) as response:
                 pages += response.read().decode()
         return pages
 

@@ -72,7 +72,7 @@ def test_load_goes_to_both(door):
     key = door.key("a")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: http1(door, "POST", GENERATE, bearer(key), body), range(12)))
-    wait_until(lambda: len(door.log(call="generate", status=200)) == 12, 5, "lines are missing")
+    wait_until(lambda: len(door.log(call="generate", status=200)) == 12, 20, "lines are missing")
     assert {line["replica"] for line in door.log(call="generate")} == {"r1", "r2"}
 
 

@@ -165,7 +165,7 @@ def test_keys_go_on_beside_tokens_and_the_log_names_the_subject(doors, private_k
     door = doors["RS256"]
     assert http1(door, "GET", READY, bearer(door.key("carol"))).status == 200
     assert http1(door, "GET", READY, bearer(token("RS256", private_keys["RS256"]))).status == 200
-    wait_until(lambda: door.log(key="jwt:bob@example.org"), 5, "no line for the subject")
+    wait_until(lambda: door.log(key="jwt:bob@example.org"), 20, "no line for the subject")
     assert door.log(key="carol")
     assert "eyJ" not in door.log_path.read_text()
 
