@@ -16,7 +16,8 @@ from fullpipe.engines.ahead_of_time import check_package, compile_package
 from fullpipe.engines.compiled_engine import CompiledUNet, Signature, unet_packages
 from fullpipe.engines.compiled_vae import CompiledVaeDecoder
 from fullpipe.engines.loading import load_unet, load_vae_decoder, torch_dtype
-from fullpipe.engines.packages import make_packages
+from fullpipe.engines.package_cache import PackageCache
+from fullpipe.engines.packages import Wanted, make_packages
 from fullpipe.engines.torch_engine import TorchUNet
 from fullpipe.errors import SetupError
 from fullpipe.stages import VaeDecoder
@@ -199,6 +200,29 @@ def test_a_compiled_decoder_gives_the_same_pixels(assembled, tmp_path):
     shutil.copytree(folder, tmp_path / "vae", ignore=shutil.ignore_patterns("*.pt2"))
     with pytest.raises(SetupError, match=r"lacks decoder-8x8\.pt2; assemble it again"):
         CompiledVaeDecoder(tmp_path / "vae", config, "cpu", dtype)
+
+
+def run_out_of_memory():
+    raise MemoryError
+
+
+def be_no_network():
+    raise ValueError("first line\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (run_out_of_memory, r"unet does not fit into the memory of cpu: its weights alone are "),
+        (be_no_network, r"^new\.pt2 could not be compiled: first line$"),
+    ],
+)
+def test_a_build_that_fails_gets_one_line(folder, build, said):
+    cache = PackageCache(folder / "config.json", "cpu", "fp32")
+    wanted = Wanted(folder / "new.pt2", "cpu", cache, {"part": build.__name__}, build, ())
+    with pytest.raises(SetupError, match=said) as caught:
+        make_packages([wanted], lambda line: None)
+    assert "\n" not in str(caught.value)
 
 
 CACHED = dataclasses.replace(SETTINGS, step_cache=True)
