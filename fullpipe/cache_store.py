@@ -176,6 +176,7 @@ class RedisStore:
         while (item := self._unwritten.get()) is not None:
             self._write_one(*item)
             self._unwritten.task_done()
+        self._unwritten.task_done()
 
     def _write_one(self, key: str, value: bytes) -> None:
         if not self._breaker.may_ask():

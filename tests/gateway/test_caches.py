@@ -107,6 +107,7 @@ def test_redis_that_is_not_there(tmp_path):
     assert [store.get("k")[0] for _ in range(5)] == ["error"] * 3 + ["skipped"] * 2
     store.put("k", {"a": np.ones(1, np.float32)})
     store.close()
+    store.wait_until_written()  # which is over: it was dropped
 
 
 def test_server_that_drips_one_byte_at_a_time_is_left(redis_server):
