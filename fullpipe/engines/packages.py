@@ -18,7 +18,7 @@ class Wanted:
     """A package that a network needs.
 
     Attributes:
-        path: where it goes, in the folder of its network; its name is the pipeline's only one.
+        path: where it goes, in the folder of its network; no other of the pipeline has its name.
         device: that it is compiled for and on.
         cache: of its network.
         facts: what `cache` knows it by.

@@ -91,7 +91,7 @@ def test_frozen_redis_costs_a_bounded_delay_and_then_nothing(redis_server):
             results.append(store.get("k")[0])
             longest = max(longest, time.monotonic() - started)
         assert results == ["error"] * 3 + ["skipped"] * 17
-        assert longest < 5.0  # 0.2 s and what a busy machine adds
+        assert longest < 2.0  # 0.2 s and what a busy machine adds
         now[0] += 1.5
         assert [store.get("k")[0] for _ in range(3)] == ["error", "skipped", "skipped"]
     finally:
@@ -130,7 +130,7 @@ def test_server_that_drips_one_byte_at_a_time_is_left(redis_server):
     store = RedisStore(f"redis://127.0.0.1:{listener.getsockname()[1]}/0", prefix="t:")
     started = time.monotonic()
     assert store.get("k")[0] == "error"
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 1.0
     is_over.set()
     store.close()
     listener.close()
