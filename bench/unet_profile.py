@@ -2,7 +2,8 @@
 
 The numbers matter because they say what is worth making faster. Kernels are told apart by their
 names; times are those of the kernels alone, summed up over calls of an assembled pipeline's UNet on
-random inputs at its native size, which the GPU runs one after the other.
+random inputs at its native size, which the GPU runs one after the other. The decoder's call for one
+picture is taken apart in the same way.
 
     python -m bench.unet_profile FOLDER --name sd1 [--rows 2 16]
 """
@@ -10,9 +11,10 @@ random inputs at its native size, which the GPU runs one after the other.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.fidelity import unet_inputs
 from bench.record import store
 from fullpipe.config import PipelineConfig
-from fullpipe.engines.loading import load_unet
+from fullpipe.engines.loading import load_unet, load_vae_decoder
 
 CALLS = 5
 LONGEST = 40
@@ -51,18 +53,11 @@ def main() -> None:
     by_rows = {}
     for rows in arguments.rows:
         inputs = unet_inputs(config, rows, device)
-        unet.run(inputs)
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            for _ in range(CALLS):
-                unet.run(inputs)
-            torch.cuda.synchronize()
-        kernels = [
-            (event.key, event.count / CALLS, event.self_device_time_total / CALLS / 1e3)
-            for event in profiler.key_averages()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        ]
-        by_rows[str(rows)] = by_kind(kernels)
+        by_rows[str(rows)] = _profiled(functools.partial(unet.run, inputs))
+    decoder = load_vae_decoder(
+        arguments.repository / config.models.vae_decoder / "1" / "vae", config, device
+    )
+    latents = torch.randn(1, *unet_inputs(config, 1, device)["sample"].shape[1:], device=device)
     store(
         f"unet_profile_{arguments.name}",
         {
@@ -70,8 +65,24 @@ def main() -> None:
             "network": f"UNet at {config.defaults.width}x{config.defaults.height},"
             f" {config.loop.engine}, {config.loop.precision}",
             "by_rows": by_rows,
+            "decoder": _profiled(functools.partial(decoder.decode, latents)),
         },
         "unet_profile",
+    )
+
+
+def _profiled(call: Callable[[], object]) -> dict:
+    """Of one call, the average of some, after one that is not counted."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+    return by_kind(
+        (event.key, event.count / CALLS, event.self_device_time_total / CALLS / 1e3)
+        for event in profiler.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
     )
 
 

@@ -2,6 +2,7 @@
 
 Random networks of the SD1 and SDXL layouts, fresh random inputs at sizes that were not traced,
 outputs poisoned beforehand. Stated tolerances: 1e-4 in fp32, 1e-2 in fp16, one level of a pixel.
+`FULLPIPE_TEST_DEVICE=cuda` runs them on a GPU, with onnxruntime-gpu; references stay on the CPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from fullpipe.local import LocalPipeline
 from fullpipe.stages import VaeDecoder, VaeEncoder
 from fullpipe.text import PromptEncoder
 
+from ..conftest import DEVICE
 from .reduced import SMALL, build
 
 FAMILIES = ("sd1", "sdxl")
@@ -74,6 +76,10 @@ def unet_inputs(family, rows, height, width, tokens):
     return inputs
 
 
+def on_device(inputs):
+    return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
 def relative_error(got, wanted):
     return float((got - wanted).norm() / wanted.norm())
 
@@ -93,19 +99,19 @@ class Poisoned:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unet(folders, unet_file, family, dtype):
-    engine = NetworkUNet(Poisoned(OnnxNetwork(unet_file(family, dtype), "cpu")))
+    engine = NetworkUNet(Poisoned(OnnxNetwork(unet_file(family, dtype), DEVICE)))
     reference = TorchUNet(folders[family] / "unet")
     for rows, height, width, tokens in [(1, 8, 8, 77), (3, 16, 12, 154), (2, 9, 13, 77)]:
         inputs = unet_inputs(family, rows, height, width, tokens)
         wanted = reference.run(inputs)["noise_pred"]
-        got = engine.run(inputs)["noise_pred"]
+        got = engine.run(on_device(inputs))["noise_pred"].cpu()
         assert got.shape == wanted.shape and got.dtype == torch.float32
         assert relative_error(got, wanted) <= TOLERANCE[dtype]
 
 
 def test_rows_of_a_call_do_not_touch_each_other(unet_file):
-    engine = NetworkUNet(OnnxNetwork(unet_file("sd1", torch.float32), "cpu"))
-    inputs = unet_inputs("sd1", 3, 8, 8, 77)
+    engine = NetworkUNet(OnnxNetwork(unet_file("sd1", torch.float32), DEVICE))
+    inputs = on_device(unet_inputs("sd1", 3, 8, 8, 77))
     alone = [engine.run({k: v[i : i + 1] for k, v in inputs.items()})["noise_pred"] for i in (0, 2)]
     inputs["sample"][1] = float("nan")
     together = engine.run(inputs)["noise_pred"]
@@ -136,17 +142,17 @@ def test_vae(folders, tmp_path, dtype):
     onnx_export.export_vae_decoder(vae, tmp_path / "decoder.onnx", dtype)
     onnx_export.export_vae_encoder(vae, tmp_path / "encoder.onnx", dtype)
     decoder, encoder = (
-        Poisoned(OnnxNetwork(tmp_path / f"{name}.onnx", "cpu")) for name in ("decoder", "encoder")
+        Poisoned(OnnxNetwork(tmp_path / f"{name}.onnx", DEVICE)) for name in ("decoder", "encoder")
     )
     for shape in [(2, 4, 8, 8), (1, 4, 5, 11)]:
         latents = torch.randn(shape) * 3
-        got = NetworkVaeDecoder(decoder, "cpu", 8).decode(latents)
+        got = NetworkVaeDecoder(decoder, DEVICE, 8).decode(latents)
         wanted = VaeDecoder(vae).decode(latents)
         difference = (got.int() - wanted.int()).abs()
         assert got.dtype == torch.uint8 and wanted.float().std() > 1
         assert difference.max() <= 1
         pixels = torch.randint(0, 256, wanted.shape, dtype=torch.uint8)
-        coded = NetworkVaeEncoder(encoder, "cpu", 8, 4).encode(pixels)
+        coded = NetworkVaeEncoder(encoder, DEVICE, 8, 4).encode(pixels)
         assert relative_error(coded, VaeEncoder(vae).encode(pixels)) <= TOLERANCE[dtype]
 
 
@@ -154,17 +160,17 @@ def test_vae(folders, tmp_path, dtype):
 def test_text_encoders(folders, tmp_path, family):
     def execute(folder, model):
         onnx_export.export_clip(model, tmp_path / f"{folder.name}.onnx")
-        return NetworkClip(model, Poisoned(OnnxNetwork(tmp_path / f"{folder.name}.onnx", "cpu")))
+        return NetworkClip(model, Poisoned(OnnxNetwork(tmp_path / f"{folder.name}.onnx", DEVICE)))
 
     reference = PromptEncoder.from_folder(folders[family])
-    encoder = PromptEncoder.from_folder(folders[family], execute=execute)
+    encoder = PromptEncoder.from_folder(folders[family], device=DEVICE, execute=execute)
     long = "a (red:1.3) circle on a white background, " * 12
     for prompt, clip_skip in [("a cat", None), (long, None), ("(a:0.5) b", -1), (long, -3)]:
         got = encoder.encode(prompt, "blurry", clip_skip)
         wanted = reference.encode(prompt, "blurry", clip_skip)
         for name, tensor in wanted.items():
             assert got[name].shape == tensor.shape
-            assert relative_error(got[name], tensor) <= TOLERANCE[torch.float32], name
+            assert relative_error(got[name].cpu(), tensor) <= TOLERANCE[torch.float32], name
 
 
 class OnnxStages:
@@ -173,10 +179,12 @@ class OnnxStages:
     def __init__(self, repository, config):
         text = repository / "text_encoder" / "1"
         self._text = PromptEncoder.from_folder(
-            text, execute=lambda folder, model: load_clip(folder, model, config, "cpu")
+            text,
+            device=DEVICE,
+            execute=lambda folder, model: load_clip(folder, model, config, DEVICE),
         )
-        self._decoder = load_vae_decoder(repository / "vae_decoder" / "1" / "vae", config, "cpu")
-        self._encoder = load_vae_encoder(repository / "vae_encoder" / "1" / "vae", config, "cpu")
+        self._decoder = load_vae_decoder(repository / "vae_decoder" / "1" / "vae", config, DEVICE)
+        self._encoder = load_vae_encoder(repository / "vae_encoder" / "1" / "vae", config, DEVICE)
 
     def encode_text(self, prompt, negative_prompt, clip_skip):
         return self._text.encode(prompt, negative_prompt, clip_skip)
@@ -190,9 +198,9 @@ class OnnxStages:
 
 @pytest.mark.parametrize(("precision", "worst"), [("fp32", 1), ("fp16", 8)])
 def test_whole_sdxl_pipeline(folders, tmp_path, precision, worst):
-    loop = LoopSettings(engine="onnx", precision=precision, unet="bls")
+    loop = LoopSettings(device=DEVICE, engine="onnx", precision=precision, unet="bls")
     config = assemble(folders["sdxl"], tmp_path / "repository", Choices(loop=loop))
-    unet = load_unet(tmp_path / "repository" / "unet" / "1" / "unet", config, "cpu")
+    unet = load_unet(tmp_path / "repository" / "unet" / "1" / "unet", config, DEVICE)
     stages = OnnxStages(tmp_path / "repository", config)
     asked = {"negative_prompt": "blue", "seed": 3, "cfg": 3.0, "steps": 3}
     plain = dataclasses.replace(config, loop=LoopSettings())
@@ -208,13 +216,20 @@ def test_whole_sdxl_pipeline(folders, tmp_path, precision, worst):
     for ours, theirs in ((got, wanted), (got_again, wanted_again)):
         assert theirs.images.std() > 1
         assert np.abs(ours.images.astype(int) - theirs.images).max() <= worst
-        assert relative_error(ours.latents, theirs.latents) <= 2 * TOLERANCE[torch_dtype(precision)]
+        assert (
+            relative_error(ours.latents.cpu(), theirs.latents)
+            <= 2 * TOLERANCE[torch_dtype(precision)]
+        )
 
 
-def test_a_damaged_file_and_a_missing_device_get_one_line(unet_file, tmp_path):
+def test_a_damaged_file_gets_one_line(unet_file, tmp_path):
     (tmp_path / "cut.onnx").write_bytes(unet_file("sd1", torch.float32).read_bytes()[:-100])
     with pytest.raises(SetupError, match=r"cut.onnx cannot be loaded by ONNX Runtime \(") as caught:
-        OnnxNetwork(tmp_path / "cut.onnx", "cpu")
+        OnnxNetwork(tmp_path / "cut.onnx", DEVICE)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs an onnxruntime without CUDA")
+def test_a_missing_device_gets_one_line(unet_file):
     with pytest.raises(SetupError, match=r"device=cuda needs ONNX Runtime's CUDAExecutionProvider"):
         OnnxNetwork(unet_file("sd1", torch.float32), "cuda")
