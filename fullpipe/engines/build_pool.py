@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from fullpipe.engines.host_compiler import find_host_compiler
 from fullpipe.engines.loading import first_line
 from fullpipe.errors import SetupError
 
@@ -24,16 +25,17 @@ def build_apart(jobs: Mapping[str, Job], report: Callable[[str], None]) -> Itera
         jobs: by the name of the package that each makes: a function and its arguments.
         report: gets a line at the start and as each package is done.
     Raises:
-        SetupError: one of them failed, or ended its process.
+        SetupError: there is no usable compiler, one of the functions failed or ended its process.
     """
     if not jobs:
         return
+    compiler = find_host_compiler()
     cores = len(os.sched_getaffinity(0))
     workers = max(1, min(len(jobs), cores // CORES_PER_BUILD))
     report(f"compiling {len(jobs)} packages, {workers} at a time")
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        workers, spawn, initializer=_share_cores, initargs=(max(1, cores // workers),)
+        workers, spawn, initializer=_set_up, initargs=(max(1, cores // workers), compiler)
     ) as pool:
         names = {pool.submit(_timed, *job): name for name, job in jobs.items()}
         for number, future in enumerate(as_completed(names), start=1):
@@ -42,9 +44,8 @@ def build_apart(jobs: Mapping[str, Job], report: Callable[[str], None]) -> Itera
                 seconds = future.result()
             except BrokenProcessPool as error:
                 raise SetupError(
-                    f"{name}: the process that compiled and tried it ended; it needs memory, and a"
-                    " C++ compiler that links libstdc++ as a shared library (another compiler:"
-                    " CXX=/usr/bin/g++)"
+                    f"{name}: the process that compiled and tried it with {compiler} ended, as it"
+                    " does when memory runs out; free memory, or name another compiler with CXX"
                 ) from error
             except SetupError:
                 pool.shutdown(cancel_futures=True)
@@ -56,11 +57,12 @@ def build_apart(jobs: Mapping[str, Job], report: Callable[[str], None]) -> Itera
             yield name
 
 
-def _share_cores(cores: int) -> None:
+def _set_up(cores: int, compiler: str) -> None:
     """Inductor would start as many compiling processes as there are cores, for each build."""
     from torch._inductor import config
 
     config.compile_threads = cores
+    config.cpp.cxx = (None, compiler)
 
 
 def _timed(function: Callable[..., None], arguments: tuple[Any, ...]) -> float:
