@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # PYTHONWARNINGS: setuptools warns of every editable installation.
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test lint format bench bench-all clean
+.PHONY: setup demo serve test gpu lint format bench bench-all clean
 
 setup: $(VENV)/ready
 
@@ -38,6 +38,10 @@ serve: setup
 
 test: $(VENV)/ready-to-test
 	$(BIN)/python -m pytest
+
+# What only an NVIDIA GPU can show: tests there, errors, speed; into gpu-report/.
+gpu: $(VENV)/ready-to-test
+	$(BIN)/python -m tests.on_gpu gpu-report
 
 # Both want a machine with nothing else to do, and make bench/README.md and the README's figures anew.
 # `bench` takes about 6 minutes on 2 cores, `bench-all` half an hour.

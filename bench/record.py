@@ -1,4 +1,7 @@
-"""What every benchmark shares: percentiles, and a result stored with where it came from."""
+"""What every benchmark shares: percentiles, and a result stored with where it came from.
+
+`FULLPIPE_BENCH_RESULTS` names another folder for results than bench/results/.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("FULLPIPE_BENCH_RESULTS") or Path(__file__).parent / "results")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "nvidia-pytriton", "tritonclient")
 
 
 def store(name: str, result: dict, benchmark: str = "") -> None:
-    """Write bench/results/NAME.json and print it as the last line of the benchmark.
+    """Write RESULTS/NAME.json and print it as the last line of the benchmark.
 
     Args:
         benchmark: whose result it is, if its name is another: `python -m bench.BENCHMARK`.
@@ -31,7 +34,7 @@ def store(name: str, result: dict, benchmark: str = "") -> None:
         "versions": versions(),
         "result": result,
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(document))
 

@@ -29,7 +29,16 @@ MEMORY_BYTES = 3 << 30
 # with a killed process as soon as a few large pictures are under way.
 SHARED_MEMORY_BYTES = 256 << 20
 GLIBC = (2, 35)
-PACKAGES = ("fullpipe", "torch", "diffusers", "transformers", "safetensors", "PIL", "scipy")
+PACKAGES = (
+    "fullpipe",
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "PIL",
+    "scipy",
+    "tritonclient.grpc",
+)
 DEFAULT_PORTS = {"http_port": 8000, "grpc_port": 8001, "metrics_port": 8002}
 
 # Imports as a model's process will: no PYTHONPATH, no user packages, no current folder.

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -42,6 +43,10 @@ from fullpipe.text import PromptEncoder
 from ..conftest import DEVICE
 from .reduced import SMALL, build
 
+pytestmark = pytest.mark.skipif(
+    DEVICE != "cpu" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="needs onnxruntime-gpu",
+)
 FAMILIES = ("sd1", "sdxl")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
 
@@ -126,8 +131,6 @@ def test_rows_of_a_call_do_not_touch_each_other(unet_file):
 
 
 def test_bindings_are_the_contract_of_the_unet_stage(unet_file):
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(str(unet_file("sdxl", torch.float16)))
     got = {tensor.name: (tensor.type, tensor.shape) for tensor in session.get_inputs()}
     assert got == {
