@@ -9,6 +9,7 @@ HTTP. Without `--checkpoint` the weights are random, of the true architecture: a
     python -m bench.gpu --family sdxl --buckets 2 4 8 --concurrency 8 [--keep FOLDER] [--build-only]
     python -m bench.gpu --family sdxl --buckets 2 4 8 --step-cache 2 --phases networks loop
     python -m bench.gpu --family sd1 --buckets 2 16 --device cuda:0,cuda:1 --phases loop
+    python -m bench.gpu --family sd1 --buckets 2 16 --phases networks --cudnn-benchmark
     python -m bench.gpu --checkpoint demo/checkpoint --device cpu --engine torch --precision fp32
 """
 
@@ -45,7 +46,11 @@ PHASES = ("networks", "loop", "rivals", "bls")
 
 
 def main() -> None:
-    arguments = _options().parse_args()
+    parser = _options()
+    arguments = parser.parse_args()
+    if arguments.cudnn_benchmark and arguments.phases != ["networks"]:
+        parser.error("--cudnn-benchmark is for --phases networks, which run in this process")
+    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
     loop = LoopSettings(
         device=arguments.device,
         engine=arguments.engine,
@@ -55,6 +60,13 @@ def main() -> None:
         vae=arguments.vae,
         step_cache=arguments.step_cache > 1,
     )
+    plain = what = "gpu" if arguments.checkpoint else f"gpu_{arguments.family}"
+    if len(loop.devices) > 1:
+        what += f"_{len(loop.devices)}_devices"
+    if loop.step_cache:
+        what += "_step_cache"
+    if arguments.cudnn_benchmark:
+        what += "_cudnn_benchmark"
     result: dict = {
         "request": f"native size, {arguments.steps} steps, euler, cfg {arguments.cfg:g}, raw",
         "settings": dataclasses.asdict(loop),
@@ -76,7 +88,7 @@ def main() -> None:
         if len(loop.devices) > 1 and "loop" in names:
             names.insert(names.index("loop") + 1, "one_device")
         for where, settings in repositories.items():
-            if where in names:
+            if where in names or (where == "loop" and "networks" in names):
                 result[where] = {"assemble_s": _assembled(checkpoint, folder / where, settings)}
         if arguments.build_only:
             return
@@ -108,11 +120,8 @@ def main() -> None:
             result[name] = result.get(name, {}) | measured
             seconds = time.perf_counter() - started
             print(f"{name}, {seconds:.0f} s:", json.dumps(result[name]), flush=True)
-    what = "gpu" if arguments.checkpoint else f"gpu_{arguments.family}"
-    _add_ratios(result, arguments.steps, GPU_WORDS[what])
-    if len(loop.devices) > 1:
-        what += f"_{len(loop.devices)}_devices"
-    store(f"{what}_step_cache" if loop.step_cache else what, result, "gpu")
+    _add_ratios(result, arguments.steps, GPU_WORDS[plain])
+    store(what, result, "gpu")
 
 
 def _options() -> argparse.ArgumentParser:
@@ -128,6 +137,11 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--cfg", type=float, default=7.0)
     parser.add_argument(
         "--step-cache", type=int, default=1, metavar="N", help="above 1 `loop` is served so too"
+    )
+    parser.add_argument(
+        "--cudnn-benchmark",
+        action="store_true",
+        help="convolutions that cuDNN chooses by measuring, for `networks` alone",
     )
     parser.add_argument("--count", type=int, default=32, help="requests of a phase")
     parser.add_argument("--concurrency", type=int, default=16)

@@ -65,6 +65,9 @@ PARTS = {
     "profile_sdxl": Part(
         "-m bench.unet_profile {work}/sdxl/loop --name sdxl --rows 2 8", 120, "sdxl"
     ),
+    "cudnn": Part(
+        f"{_SD1} --buckets 2 16 --phases networks --cudnn-benchmark --keep {{work}}/sd1", 120, "sd1"
+    ),
     "sd1": Part(
         f"{_SD1} --buckets 2 16 --phases networks loop bls --keep {{work}}/sd1", 300, "sd1"
     ),
