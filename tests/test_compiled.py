@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 
 import pytest
@@ -221,6 +222,10 @@ def run_out_of_memory():
     raise MemoryError
 
 
+def end_the_process():
+    os._exit(3)
+
+
 def be_no_network():
     raise ValueError("first line\nsecond line")
 
@@ -230,6 +235,7 @@ def be_no_network():
     [
         (run_out_of_memory, r"unet does not fit into the memory of cpu: its weights alone are "),
         (be_no_network, r"^new\.pt2 could not be compiled: first line$"),
+        (end_the_process, r"^new\.pt2: the process that compiled and tried it with \S+g\+\+ ended"),
     ],
 )
 def test_a_build_that_fails_gets_one_line(folder, build, said):

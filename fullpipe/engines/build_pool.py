@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -38,23 +39,32 @@ def build_apart(jobs: Mapping[str, Job], report: Callable[[str], None]) -> Itera
         workers, spawn, initializer=_set_up, initargs=(max(1, cores // workers), compiler)
     ) as pool:
         names = {pool.submit(_timed, *job): name for name, job in jobs.items()}
-        for number, future in enumerate(as_completed(names), start=1):
-            name = names[future]
-            try:
-                seconds = future.result()
-            except BrokenProcessPool as error:
-                raise SetupError(
-                    f"{name}: the process that compiled and tried it with {compiler} ended, as it"
-                    " does when memory runs out; free memory, or name another compiler with CXX"
-                ) from error
-            except SetupError:
-                pool.shutdown(cancel_futures=True)
-                raise
-            except Exception as error:
-                pool.shutdown(cancel_futures=True)
-                raise SetupError(f"{name} could not be compiled: {first_line(error)}") from error
-            report(f"{number} of {len(jobs)}: {name}, {seconds:.0f} s")
-            yield name
+        try:
+            for number, future in enumerate(as_completed(names), start=1):
+                name = names[future]
+                with _naming(name, compiler):
+                    seconds = future.result()
+                report(f"{number} of {len(jobs)}: {name}, {seconds:.0f} s")
+                yield name
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def _naming(name: str, compiler: str) -> Iterator[None]:
+    """Turn what a build raises into a line that says whose it was."""
+    try:
+        yield
+    except SetupError:
+        raise
+    except BrokenProcessPool as error:
+        raise SetupError(
+            f"{name}: the process that compiled and tried it with {compiler} ended, as it does"
+            " when memory runs out; free memory, or name another compiler with CXX"
+        ) from error
+    except Exception as error:
+        raise SetupError(f"{name} could not be compiled: {first_line(error)}") from error
 
 
 def _set_up(cores: int, compiler: str) -> None:
