@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.tables import POLICY_WORDS, WAY_WORDS
+from bench.tables import POLICY_WORDS, WAY_WORDS, profiled_calls
 
 COLOURS = ("#2f7d32", "#c8553d", "#e0a030", "#5b6b8c", "#8b5fbf")
 POLICY_COLOURS = dict(zip(POLICY_WORDS, COLOURS, strict=False))
@@ -146,20 +146,20 @@ def transports(result: dict, path: Path) -> None:
 
 
 def unet_profile(result: dict, path: Path) -> None:
-    """Shares of a UNet call by kind of kernel, a bar for each number of rows."""
-    by_rows = result["by_rows"]
-    figure, axis = _figure(1, 1, height=2.6)
-    kinds = list(dict.fromkeys(kind for m in by_rows.values() for kind in m["kinds"]))
-    names = [f"{count} rows, {m['kernels_ms']:.1f} ms" for count, m in by_rows.items()]
+    """Shares of a call by kind of kernel, a bar for each number of rows and for the decoder."""
+    calls = profiled_calls(result)
+    figure, axis = _figure(1, 1, height=1.4 + 0.6 * len(calls))
+    kinds = list(dict.fromkeys(kind for m in calls.values() for kind in m["kinds"]))
+    names = [f"{call}, {m['kernels_ms']:.1f} ms" for call, m in calls.items()]
     start = [0.0] * len(names)
     colours = [*COLOURS, "#9aa5b1", "#c9b38c", "#7aa6a1", "#444444"]
     for kind, colour in zip(kinds, colours, strict=False):
-        shares = [m["kinds"].get(kind, {"percent": 0.0})["percent"] for m in by_rows.values()]
+        shares = [m["kinds"].get(kind, {"percent": 0.0})["percent"] for m in calls.values()]
         bars = axis.barh(names, shares, left=start, color=colour, label=kind)
         labels = [f"{share:.0f}" if share >= 4 else "" for share in shares]
         axis.bar_label(bars, labels, label_type="center", color="white")
         start = [left + share for left, share in zip(start, shares, strict=True)]
-    axis.set(title="Share of the GPU's time in a UNet call (%)", xlim=(0, 100))
+    axis.set(title="Share of the GPU's time in a call (%)", xlim=(0, 100))
     axis.grid(axis="y", visible=False)
     axis.invert_yaxis()
     figure.legend(loc="outside lower center", ncols=3)

@@ -246,31 +246,39 @@ def _rivals(one: dict, rivals: dict[str, dict]) -> str:
 
 
 def unet_profile(result: dict) -> str:
-    """Milliseconds of a UNet call by kind of kernel, and the longest kernels of the last one."""
-    by_rows = result["by_rows"]
-    kinds = dict.fromkeys(kind for measured in by_rows.values() for kind in measured["kinds"])
+    """Milliseconds of each call by kind of kernel, and the longest kernels of the largest."""
+    calls = profiled_calls(result)
+    kinds = dict.fromkeys(kind for measured in calls.values() for kind in measured["kinds"])
     rows = [
         [kind]
         + [
             f"{found['ms']:.2f} ({found['percent']:.0f} %)" if found else None
-            for found in (measured["kinds"].get(kind) for measured in by_rows.values())
+            for found in (measured["kinds"].get(kind) for measured in calls.values())
         ]
         for kind in kinds
     ]
-    rows.append(
-        ["all kernels", *(f"{measured['kernels_ms']:.2f}" for measured in by_rows.values())]
-    )
-    most = list(by_rows)[-1]
-    longest = [[k["ms"], k["calls"], f"`{k['kernel']}`"] for k in by_rows[most]["longest"][:10]]
+    rows.append(["all kernels", *(f"{measured['kernels_ms']:.2f}" for measured in calls.values())])
+    most = list(result["by_rows"])[-1]
+    longest = [
+        [k["ms"], k["calls"], f"`{k['kernel']}`"] for k in result["by_rows"][most]["longest"][:10]
+    ]
     parts = [
         f"{result['network']}, on {result['device']}.",
-        table(["kind of kernel", *(f"{count} rows, ms" for count in by_rows)], rows),
+        table(["kind of kernel", *(f"{call}, ms" for call in calls)], rows),
         f"The longest of {most} rows:",
         table(["ms", "calls", "kernel"], longest),
     ]
     if "note" in result:
         parts.insert(1, f"{result['note']}.")
     return "\n\n".join(parts)
+
+
+def profiled_calls(result: dict) -> dict[str, dict]:
+    """What `unet_profile` took apart, by what to call it: UNet calls, and the decoder's."""
+    calls = {f"{count} rows": measured for count, measured in result["by_rows"].items()}
+    if "decoder" in result:
+        calls["decoder"] = result["decoder"]
+    return calls
 
 
 def advance(result: dict) -> str:

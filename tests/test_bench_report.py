@@ -148,9 +148,16 @@ def test_a_profile_adds_up_and_is_shown(tmp_path):
     assert by_rows["2"]["kernels_ms"] == 5.0
     assert by_rows["2"]["kinds"]["matrix product"] == {"ms": 3.0, "percent": 60.0, "kernels": 1}
     assert by_rows["2"]["longest"][0]["kernel"] == "nvjet"
-    result = {"network": "a UNet", "device": "no GPU: made by hand", "by_rows": by_rows}
+    decoder = unet_profile.by_kind(kernels[1:])
+    result = {
+        "network": "a UNet",
+        "device": "no GPU: made by hand",
+        "by_rows": by_rows,
+        "decoder": decoder,
+    }
     document = {"command": "c", "machine": {}, "versions": {}, "result": result}
     page = report.build({"unet_profile_sd1": document}, tmp_path)
-    assert "| matrix product | 3.00 (60 %) | 3.00 (75 %) |" in page
-    assert "| element by element | 1.00 (20 %) | – |" in page
+    assert "| kind of kernel | 2 rows, ms | 16 rows, ms | decoder, ms |" in page
+    assert "| matrix product | 3.00 (60 %) | 3.00 (75 %) | 3.00 (75 %) |" in page
+    assert "| element by element | 1.00 (20 %) | – | 1.00 (25 %) |" in page
     assert (tmp_path / "unet_profile_sd1.png").stat().st_size > 5000
