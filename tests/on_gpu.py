@@ -47,7 +47,7 @@ class Part:
     needs: str = ""
 
 
-_SD1 = "-m bench.gpu --family sd1 --vae loop"
+_SD1 = "-m bench.gpu --family sd1 --vae loop --count 40"
 _SDXL = "-m bench.gpu --family sdxl --vae loop --buckets 2 8 --count 8 --concurrency 8"
 _CACHED = f"{_SD1} --buckets 2 --step-cache 3 --count 16 --concurrency 1"
 BUILDS = {
@@ -60,7 +60,7 @@ PARTS = {
     "loop": Part(f"-m pytest -q {' '.join(LOOP_TESTS)}", 300),
     "loop_again": Part(f"-m pytest -q {' '.join(LOOP_TESTS)}", 300),
     "onnx": Part("-m pytest -q tests/engines/test_onnx.py", 300),
-    "engines": Part("-m pytest -q tests/engines/test_gpu.py", 400),
+    "engines": Part("-m pytest -q tests/engines/test_gpu.py", 800),
     "profile_sd1": Part("-m bench.unet_profile {work}/sd1/loop --name sd1", 120, "sd1"),
     "profile_sdxl": Part(
         "-m bench.unet_profile {work}/sdxl/loop --name sdxl --rows 2 8", 120, "sdxl"

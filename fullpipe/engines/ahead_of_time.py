@@ -19,6 +19,7 @@ from torch._inductor import aoti_compile_and_package, config
 from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fullpipe.engines.memory_order import MemoryOrder
 from fullpipe.errors import SetupError
 
 # cuDNN's attention is the fastest on Hopper, where it takes the shape; the others follow.
@@ -50,7 +51,8 @@ def compile_package(module: nn.Module, inputs: Sequence[torch.Tensor], path: Pat
     is_for_gpu = inputs[0].device.type == "cuda"
     trust = config.patch({"cpp.vec_isa_ok": True}) if is_for_gpu else contextlib.nullcontext()
     with torch.no_grad(), _fast_attention(), trust:
-        exported = torch.export.export(module, tuple(inputs))
+        with MemoryOrder():
+            exported = torch.export.export(module, tuple(inputs))
         # It writes into the options that it is given.
         aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(OPTIONS))
 

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fullpipe.engines import memory_order
 from fullpipe.engines.ahead_of_time import OPTIONS
 from fullpipe.engines.loading import gpu_architecture
 from fullpipe.triton_files import cache_folder
@@ -37,6 +38,7 @@ class PackageCache:
             "gpu": gpu_architecture(device),
             "precision": precision,
             "options": OPTIONS,
+            "operations": memory_order.digest(),
             "libraries": {name: metadata.version(name) for name in ("torch", "diffusers")},
         }
         self._folder = cache_folder() / "compiled"
