@@ -55,7 +55,7 @@ def build_engine(models: Path, config: PipelineConfig, rebuild: str, report: Rep
     for name in ("text_encoder", "text_encoder_2"):
         folder = models / names.text_encoder / "1" / name
         if folder.is_dir():
-            exports.append((folder, "clip", functools.partial(_export_clip, folder)))
+            exports.append((folder, "clip", functools.partial(onnx_export.export_clip, folder)))
     for folder, name, export in exports:
         with _recorded(folder, config, rebuild), naming_memory(folder, config.loop.device):
             _build(folder, name, config, report, export)
@@ -99,20 +99,6 @@ def _compile(unet: Path, decoder: Path, config: PipelineConfig, report: Report) 
         wanted = unet_packages(unet, config.loop)
     wanted += decoder_packages(decoder, config, torch_dtype(config.loop.precision))
     make_packages(wanted, report)
-
-
-def _export_clip(folder: Path, path: Path) -> None:
-    from fullpipe.engines.onnx_export import export_clip
-    from fullpipe.text.clip import load_clip
-
-    model = load_clip(
-        folder,
-        has_projection=False,
-        device="cpu",
-        dtype=torch.float32,
-        weights_dtype=torch.float16,  # as `PromptEncoder` does, and ComfyUI
-    )
-    export_clip(model, path)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from fullpipe.engines import TOKENS
 from fullpipe.errors import SetupError
 from fullpipe.stages import PixelDecoder
-from fullpipe.text.clip import ClipTextModel
+from fullpipe.text.clip import ClipTextModel, load_clip
 
 OPSET = 18
 
@@ -137,8 +137,22 @@ def export_vae_encoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
     _export(_VaeEncoder(vae), inputs, open_dims, outputs, path)
 
 
-def export_clip(model: ClipTextModel, path: Path) -> None:
-    """Write a loaded CLIP text model as ONNX: inputs_embeds → last_hidden_state, hidden_states."""
+def export_clip(folder: Path, path: Path) -> None:
+    """Write a `text_encoder` folder as ONNX: inputs_embeds → last_hidden_state, hidden_states.
+
+    In fp32 and loaded on the CPU: on a GPU such layers are split into halves, in memory that a
+    trace loses.
+
+    Raises:
+        SetupError: a file is missing or broken.
+    """
+    model = load_clip(
+        folder,
+        has_projection=False,
+        device="cpu",
+        dtype=torch.float32,
+        weights_dtype=torch.float16,  # as `PromptEncoder` does, and ComfyUI
+    )
     config = model.config
     shape = (2, config.max_position_embeddings, config.hidden_size)
     outputs = {"last_hidden_state": {0: "rows"}, "hidden_states": {1: "rows"}}

@@ -160,7 +160,7 @@ def test_threads_record_one_after_the_other():
         try:
             graphs = CallGraphs(device, most=4)
             for rows in range(1, 9):
-                given = torch.randn(rows, 256, device=device)
+                given = torch.randn(rows, 256).to(device)  # its own dice belong to a recording
                 for _ in range(2):
                     (got,) = graphs.call(rows, [given], lambda x: [(x @ weights).softmax(1)])
                     torch.testing.assert_close(got, (given @ weights).softmax(1))

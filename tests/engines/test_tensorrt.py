@@ -23,7 +23,6 @@ from fullpipe.engines.loading import load_unet
 from fullpipe.engines.tensorrt_engine import choose_profile
 from fullpipe.engines.tensorrt_library import Library, library
 from fullpipe.errors import InvalidRequest, SetupError
-from fullpipe.text.clip import load_clip
 
 from .reduced import build
 
@@ -46,19 +45,12 @@ def parsed(tmp_path_factory):
         folder = build(family, root / family)
         config = assemble(folder, root / f"{family}-repository")
         config = dataclasses.replace(config, loop=TENSORRT)
-        clip = load_clip(
-            folder / "text_encoder",
-            has_projection=False,
-            device="cpu",
-            dtype=torch.float32,
-            weights_dtype=None,
-        )
         vae_dtype = torch.bfloat16 if family == "sdxl" else torch.float16
         paths = {name: root / f"{family}-{name}.onnx" for name in NETWORKS}
         onnx_export.export_unet(folder / "unet", paths["unet"], torch.float16)
         onnx_export.export_vae_decoder(folder / "vae", paths["vae_decoder"], vae_dtype)
         onnx_export.export_vae_encoder(folder / "vae", paths["vae_encoder"], vae_dtype)
-        onnx_export.export_clip(clip, paths["clip"])
+        onnx_export.export_clip(folder / "text_encoder", paths["clip"])
         for name, path in paths.items():
             found[family, name] = (config, path, *tensorrt_build.parse(library(), path, []))
     return found
