@@ -90,11 +90,11 @@ class Package:
             SetupError: the file is no package of this module.
         """
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        index = -1 if device.type == "cpu" else device.index or 0
         try:
-            self._run = AOTICompiledModel(_open(path, index))
-            weights = {name: tensors[name] for name in self._run.get_constant_fqns()}
-            self._run.load_constants(weights, check_full_update=True, user_managed=True)
+            with _left_as_it_was(device):
+                self._run = AOTICompiledModel(_open(path, device))
+                weights = {name: tensors[name] for name in self._run.get_constant_fqns()}
+                self._run.load_constants(weights, check_full_update=True, user_managed=True)
         except (RuntimeError, KeyError, ValueError) as error:
             raise SetupError(f"{path} is no compiled package of this network: {error}") from error
 
@@ -107,7 +107,7 @@ class Package:
         return self._run(*inputs)
 
 
-def _open(path: Path, device_index: int) -> Any:
+def _open(path: Path, device: torch.device) -> Any:
     """What `torch._inductor.aoti_load_package` opens, without asking for this processor first.
 
     It finds out what the processor can by compiling programs: 40 s, and a server needs no compiler.
@@ -115,6 +115,7 @@ def _open(path: Path, device_index: int) -> Any:
     """
     # Run without its own synchronisation, which a CUDA graph could not record.
     is_single_threaded, runners = True, 1
+    device_index = -1 if device.type == "cpu" else device.index or 0
     return torch._C._aoti.AOTIModelPackageLoader(  # type: ignore[attr-defined]
         str(path), "model", is_single_threaded, runners, device_index
     )
@@ -127,6 +128,11 @@ def _outputs(answer: Any) -> tuple[torch.Tensor, ...]:
 def _relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     wanted = wanted.double()
     return float((got.double() - wanted).norm() / wanted.norm())
+
+
+def _left_as_it_was(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """For opening a package, which makes its GPU the thread's own: "cuda" would mean that one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -129,6 +129,7 @@ def test_two_gpus_share_a_queue(pipeline, tmp_path):
     config = assemble(pipeline.checkpoint, tmp_path / "repository", Choices(loop=loop))
     folder = tmp_path / "repository/scheduler_model/1/unet"
     unets = [load_unet(folder, config, device) for device in config.loop.devices]
+    assert torch.cuda.current_device() == 0, "a load leaves another GPU as the thread's own"
     used = set()
     for unet in unets:
         unet.run = functools.partial(_noting_device, unet.run, used)
