@@ -123,7 +123,8 @@ def _diffusers(result: dict) -> list[tuple[str, str]]:
 GPU_WORDS = {
     "gpu_sd1": "SD1.5's architecture",
     "gpu_sdxl": "SDXL's architecture",
-    "gpu_sdxl_served": "SDXL's architecture, served again with CLIP on tensor cores",
+    "gpu_sd1_served": "SD1.5's architecture, served again with norms in the order of memory",
+    "gpu_sdxl_served": "SDXL's architecture, served again with norms in the order of memory",
     "gpu": "a checkpoint",
 }
 
