@@ -31,7 +31,8 @@ LONGEST = 40
 KINDS = {
     "matrix product, by Triton": r"^triton_tem",
     "norms: sums": r"^triton_(red|per)",
-    "norms applied": r"^triton_poi\w*(group|layer)_norm",
+    # `as_strided` is left by `fullpipe.engines.memory_order`, which keeps a norm's scale so.
+    "norms applied": r"^triton_poi\w*(group_norm|layer_norm|as_strided)",
     "element by element": r"^triton_",
     "attention": r"sdpa|fmha|flash|attention",
     "convolution": r"fprop|conv(?!ert)|implicit|nchw|nhwc|winograd|im2col",

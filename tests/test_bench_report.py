@@ -138,6 +138,7 @@ def test_kernels_are_told_apart_by_their_names():
         "triton_tem_fused_mm_3": "matrix product, by Triton",
         "Memcpy DtoD (Device -> Device)": "copies",
         "ncclKernel": "other",
+        "triton_poi_fused_add_as_strided_convolution_mul_permute_silu_view_11": "norms applied",
     }
     assert {name: unet_profile.kind_of(name) for name in wanted} == wanted
 
